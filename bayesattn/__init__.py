@@ -1,0 +1,55 @@
+"""Attention as a Bayesian model: its functions, its Pyro programs, and how to find their posteriors.
+
+Names load at first use, so that ``import bayesattn`` is light and loads no Pyro.
+"""
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bayesattn import calibration as calibration
+    from bayesattn import datasets as datasets
+    from bayesattn import functional as functional
+    from bayesattn import inference as inference
+    from bayesattn import kernels as kernels
+    from bayesattn import models as models
+    from bayesattn import plots as plots
+    from bayesattn.functional import attention as attention
+    from bayesattn.functional import attention_weights as attention_weights
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_weights",
+    "calibration",
+    "datasets",
+    "functional",
+    "inference",
+    "kernels",
+    "models",
+    "plots",
+]
+
+__version__ = metadata.version("bayesattn")
+
+_MODULE_OF = {
+    "attention": "bayesattn.functional",
+    "attention_weights": "bayesattn.functional",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at first use."""
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return importlib.import_module(f"bayesattn.{name}")
+    raise AttributeError(f"module 'bayesattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)
