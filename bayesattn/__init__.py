@@ -1,4 +1,4 @@
-"""Attention as a Bayesian model: its functions, its Pyro programs, and how to find their posteriors.
+"""Attention as a Bayesian model: functions, Pyro programs, and how to find their posteriors.
 
 Names load at first use, so that ``import bayesattn`` is light and loads no Pyro.
 """
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
 
+    __version__: str
+
 __all__ = [
     "__version__",
     "attention",
@@ -31,8 +33,6 @@ __all__ = [
     "plots",
 ]
 
-__version__ = metadata.version("bayesattn")
-
 _MODULE_OF = {
     "attention": "bayesattn.functional",
     "attention_weights": "bayesattn.functional",
@@ -41,10 +41,10 @@ _MODULE_OF = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name at first use."""
+    if name == "__version__":
+        return metadata.version("bayesattn")
     if name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-        globals()[name] = value
-        return value
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     if name in __all__:
         return importlib.import_module(f"bayesattn.{name}")
     raise AttributeError(f"module 'bayesattn' has no attribute {name!r}")
