@@ -1,0 +1,46 @@
+"""What every test runs under: float64, one thread, no display, and a guard over global state.
+
+A test draws from the ``generator`` fixture or inside ``torch.random.fork_rng``; one that leaves
+any global state changed fails, so that the library cannot change it unseen either.
+"""
+
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import matplotlib as mpl
+import pytest
+import torch
+
+from tests.global_state import changes, snapshot
+
+mpl.use("Agg")
+torch.set_num_threads(1)
+
+# Derandomized: a failure on one machine is a failure on all of them.
+hypothesis.settings.register_profile("bayesattn", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("bayesattn")
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """Make float64 the default dtype of a test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def untouched_global_state(float64: None) -> Iterator[None]:
+    """Fail a test that leaves global state other than it found it."""
+    before = snapshot()
+    yield
+    changed = changes(before, snapshot())
+    assert not changed, f"left changed: {', '.join(changed)}"
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Return a CPU generator whose seed is the test's own name."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
