@@ -1,0 +1,154 @@
+"""What every run needs around its mathematics: private random state and parameters, progress, a watch for non-finite values.
+
+Nothing here changes torch's or Pyro's global state for longer than a ``with`` block.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+__all__ = [
+    "NonFiniteError",
+    "NonFiniteWatch",
+    "Progress",
+    "private_param_store",
+    "resolve_seed",
+    "seeded",
+]
+
+
+def resolve_seed(seed: int | None) -> int:
+    """Return the given seed, or fresh entropy from the operating system.
+
+    Raises:
+        ValueError: If the seed is not an integer in [0, 2**32).
+    """
+    if seed is None:
+        return int.from_bytes(os.urandom(4), "little")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
+    return seed
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
+    """Fork and seed the random state of torch, numpy and Python, and put it back afterwards.
+
+    Args:
+        seed: Resolved seed (see :func:`resolve_seed`).
+        device: An accelerator whose generator is forked too; the CPU's always is.
+    """
+    kind = torch.device("cpu") if device is None else torch.device(device)
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [] if kind.type == "cpu" else [kind]
+    fork_type = "cuda" if kind.type == "cpu" else kind.type
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=fork_type):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def private_param_store(state: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Swap Pyro's parameter store for a private one, and put it back afterwards.
+
+    Args:
+        state: What the private store starts from, as ``get_state`` gives it; default, a copy of
+            the present store, so that parameters trained before are seen.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    start = before if state is None else state
+    store.clear()
+    store.set_state({"params": dict(start["params"]), "constraints": dict(start["constraints"])})
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(before)
+
+
+class NonFiniteError(FloatingPointError):
+    """A run met NaN or infinity.
+
+    Attributes:
+        step: The first bad step, counted from zero.
+        sites: Names of the sites whose values or scores were not finite.
+        posterior: What the run had at the last good snapshot, or None.
+    """
+
+    def __init__(self, message: str, *, step: int, sites: list[str], posterior: Any = None):
+        super().__init__(message)
+        self.step = step
+        self.sites = sites
+        self.posterior = posterior
+
+
+class NonFiniteWatch:
+    """Looks for NaN and infinity without a device synchronization at each step.
+
+    Each :meth:`observe` folds one boolean into a flag on the device; only :meth:`poll` reads it.
+
+    Args:
+        device: Where the observed tensors live.
+    """
+
+    def __init__(self, device: torch.device):
+        self._first_bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
+
+    def observe(self, step: int, *values: Tensor) -> None:
+        """Note whether all entries of the given tensors are finite at this step."""
+        # One NaN or infinity anywhere makes the sum of 0 * x NaN: one reduction, no mask tensor.
+        bad = torch.stack([(value * 0).sum().double() for value in values]).sum().isnan()
+        here = torch.where(bad, step, torch.iinfo(torch.int64).max)
+        self._first_bad = torch.minimum(self._first_bad, here)
+
+    def poll(self) -> int | None:
+        """Return the first bad step, or None; this synchronizes."""
+        first = int(self._first_bad)
+        return None if first == torch.iinfo(torch.int64).max else first
+
+
+class Progress:
+    """A progress bar that shows a run's own figures, read only every few steps.
+
+    Args:
+        total: Number of steps.
+        label: The routine's name.
+        show: Whether to draw the bar at all.
+    """
+
+    def __init__(self, total: int, label: str, show: bool):
+        self._bar = tqdm(total=total, desc=label, disable=not show, dynamic_ncols=True)
+        self._pending = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.update(self._pending)
+        self._bar.close()
+
+    def advance(self, figures: Callable[[], Mapping[str, float]] | None = None) -> None:
+        """Count one step; where ``figures`` is given, redraw with what it returns."""
+        self._pending += 1
+        if figures is None or self._bar.disable:
+            return
+        self._bar.set_postfix(
+            {name: f"{value:.4g}" for name, value in figures().items()}, refresh=False
+        )
+        self._bar.update(self._pending)
+        self._pending = 0
