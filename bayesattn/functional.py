@@ -1,0 +1,261 @@
+r"""Attention, as functions: every query averages the values under weights that its logits give.
+
+.. math:: o_i = \sum_j a_{ij} v_j, \qquad
+    a_{ij} = \frac{m_{ij} e^{s_{ij}}}{\sum_l m_{il} e^{s_{il}}}, \qquad
+    s_{ij} = \frac{q_i \cdot k_j}{\sqrt d} + b_{ij}
+
+Source:
+    Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762, eq. 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayesattn.contraction import inner_products, inside_transform, weighted_sums
+from bayesattn.masking import Masks, combine_masks, masked_softmax
+
+__all__ = ["attention", "attention_weights"]
+
+Logits = Callable[[Tensor, Tensor], Tensor]
+Normalization = Callable[[Tensor, Tensor | None], Tensor]
+# A whole number is a number too, which run-time type checks do not take for a float.
+Number = float | int
+
+
+def attention(
+    query: Float[Tensor, "*_batch query _dim"],
+    key: Float[Tensor, "*_batch _key _dim"],
+    value: Float[Tensor, "*_batch _key _value_dim"],
+    *,
+    attn_mask: Shaped[Tensor, "*_batch _query _key"] | None = None,
+    query_mask: Shaped[Tensor, "*_batch _query"] | None = None,
+    key_mask: Shaped[Tensor, "*_batch _key"] | None = None,
+    is_causal: bool = False,
+    scale: Number | None = None,
+    dropout_p: Number = 0.0,
+    enable_gqa: bool = False,
+    logits: Logits | None = None,
+    normalization: Normalization | None = None,
+    route: str = "auto",
+) -> Float[Tensor, "*_batch query _value_dim"]:
+    """Average the values under each query's attention weights.
+
+    Tensors are "*batch head query dim"; leading axes broadcast, and may be missing. In every mask
+    True takes part. A query that sees no key, or is padding, gets zeros, and no gradient passes
+    through it. What stands at masked places does not matter as long as it is finite.
+
+    Args:
+        query: What asks.
+        key: What is asked, as wide as the queries.
+        value: What is averaged, one for each key.
+        attn_mask: Boolean; or float, added to the logits, where minus infinity forbids.
+        query_mask: "*batch query", without the head axis: which queries are not padding.
+        key_mask: "*batch key", without the head axis: which keys are not padding.
+        is_causal: On top of the masks, query i sees keys 0 to i only.
+        scale: Factor of the dot product; one over the square root of the width if None.
+        dropout_p: Probability of dropping a weight, in force whenever positive.
+        enable_gqa: There are fewer heads of keys and values, each for a run of query heads.
+        logits: ``logits(query, key)`` in place of the scaled dot product.
+        normalization: ``normalization(logits, mask)`` in place of the masked softmax; the mask is
+            boolean and broadcasts to the logits, or is None.
+        route: "dense" forms the weights. "fused" is ``F.scaled_dot_product_attention``, which does
+            not, and has no second derivatives. "auto" is fused except where only the dense formula
+            exists, inside transforms of ``torch.func`` (vmap unrolls the fused one), and for few
+            queries on keys shared between batches or heads, which the fused one copies.
+
+    Returns:
+        Averages, the same by either route.
+
+    Raises:
+        ValueError: If shapes, types or masks do not fit together, or the route cannot be taken.
+    """
+    batch = _check(query, key, value, enable_gqa)
+    _check_choices(route, dropout_p, scale, logits, normalization)
+    if enable_gqa:
+        key, value = _repeat_heads(key, batch[-1]), _repeat_heads(value, batch[-1])
+    dense_only = logits is not None or normalization is not None
+    is_fused = _takes_fused(route, dense_only, query, key, batch)
+    only_causal = is_causal and attn_mask is None and key_mask is None
+    # The fused kernels know this one mask better than any tensor could tell them.
+    causal_kernel = is_fused and only_causal
+    masks = combine_masks(
+        (*batch, query.shape[-2], key.shape[-2]),
+        attn_mask=attn_mask,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        is_causal=is_causal and not causal_kernel,
+        device=query.device,
+    )
+    if is_fused:
+        settings = {"dropout_p": float(dropout_p), "scale": scale, "is_causal": causal_kernel}
+        return _fused(query, key, value, masks, batch, settings)
+    weights = _dense_weights(query, key, masks, scale, logits, normalization)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
+    return weighted_sums(weights.to(value.dtype), value)
+
+
+def attention_weights(
+    query: Float[Tensor, "*_batch query _dim"],
+    key: Float[Tensor, "*_batch key _dim"],
+    *,
+    attn_mask: Shaped[Tensor, "*_batch _query _key"] | None = None,
+    query_mask: Shaped[Tensor, "*_batch _query"] | None = None,
+    key_mask: Shaped[Tensor, "*_batch _key"] | None = None,
+    is_causal: bool = False,
+    scale: Number | None = None,
+    enable_gqa: bool = False,
+    logits: Logits | None = None,
+    normalization: Normalization | None = None,
+) -> Float[Tensor, "*_batch query key"]:
+    """Attention weights of every query; the arguments are those of :func:`attention`.
+
+    Returns:
+        Weights, zero where masked; under the softmax, each row that sees a key sums to one.
+
+    Raises:
+        ValueError: If shapes, types or masks do not fit together.
+    """
+    batch = _check(query, key, None, enable_gqa)
+    _check_choices("dense", 0.0, scale, logits, normalization)
+    masks = combine_masks(
+        (*batch, query.shape[-2], key.shape[-2]),
+        attn_mask=attn_mask,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        device=query.device,
+    )
+    if enable_gqa:
+        key = _repeat_heads(key, batch[-1])
+    return _dense_weights(query, key, masks, scale, logits, normalization)
+
+
+def _dense_weights(
+    query: Tensor,
+    key: Tensor,
+    masks: Masks,
+    scale: Number | None,
+    logits: Logits | None,
+    normalization: Normalization | None,
+) -> Tensor:
+    if logits is None:
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        values = inner_products(query * factor, key)
+    else:
+        values = logits(query, key)
+    if masks.bias is not None:
+        values = values + masks.bias.to(query.dtype)
+    pairs = masks.pairs()
+    if normalization is None:
+        return masked_softmax(values, pairs)
+    weights = normalization(values, pairs)
+    return weights if pairs is None else torch.where(pairs, weights, 0.0)
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    batch: tuple[int, ...],
+    settings: dict[str, Any],
+) -> Tensor:
+    mask, live = masks.bias, masks.queries
+    if masks.keys is not None:
+        # A row without a key is let see all, so that no kernel meets it, and zeroed after.
+        sees = masks.keys.any(-1, keepdim=True)
+        live = sees if live is None else live & sees
+        mask = masks.keys | ~sees
+        if masks.bias is not None:
+            mask = torch.where(sees, torch.where(masks.keys, masks.bias, -torch.inf), 0.0)
+            mask = mask.to(query.dtype)
+    parts = [query, key, value] if mask is None else [query, key, value, mask]
+    batch = torch.broadcast_shapes(batch, *(part.shape[:-2] for part in parts))
+    heads = batch[-1] if batch else 1
+    outer = batch[:-1]
+    folded = [_fold(part, outer, heads) for part in parts[:3]]
+    if mask is not None:
+        mask = _fold(mask, outer, mask.shape[-3] if mask.ndim > 2 else 1)
+    output = F.scaled_dot_product_attention(*folded, attn_mask=mask, **settings)
+    output = output.reshape(*batch, *output.shape[-2:])
+    return output if live is None else torch.where(live, output, 0.0)
+
+
+def _fold(part: Tensor, outer: tuple[int, ...], heads: int) -> Tensor:
+    part = part.expand(*outer, heads, *part.shape[-2:])
+    return part.reshape(math.prod(outer), heads, *part.shape[-2:])
+
+
+def _repeat_heads(part: Tensor, num_heads: int) -> Tensor:
+    return part.repeat_interleave(num_heads // part.shape[-3], dim=-3)
+
+
+def _takes_fused(
+    route: str, dense_only: bool, query: Tensor, key: Tensor, batch: tuple[int, ...]
+) -> bool:
+    if route != "auto":
+        return route == "fused"
+    copied_to_no_gain = key.shape[:-2] != batch and query.shape[-2] < query.shape[-1]
+    return not (dense_only or copied_to_no_gain or inside_transform())
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> tuple[int, ...]:
+    parts = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    got = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
+    fewest = 3 if enable_gqa else 2
+    if any(part.ndim < fewest for part in parts.values()):
+        raise ValueError(f"attention: expected at least {fewest} axes, got {got}")
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"attention: query and key must have one width, got {got}")
+    if value is not None and key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"attention: every key needs its value, got {got}")
+    if len({part.dtype for part in parts.values()}) > 1 and not _autocast_is_on(query):
+        names = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
+        raise ValueError(f"attention: expected one type, got {names}")
+    shapes = [tuple(part.shape[:-2]) for part in parts.values()]
+    if enable_gqa:
+        shapes = _shapes_of_groups(shapes, got)
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(f"attention: leading axes must broadcast, got {got}") from None
+    return tuple(torch.broadcast_shapes(*shapes[:2]))
+
+
+def _autocast_is_on(part: Tensor) -> bool:
+    device = part.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _shapes_of_groups(shapes: list[tuple[int, ...]], got: str) -> list[tuple[int, ...]]:
+    num_heads, *fewer = (shape[-1] for shape in shapes)
+    if len(set(fewer)) > 1 or num_heads % fewer[0]:
+        raise ValueError(
+            f"enable_gqa: query heads must be a multiple of the heads of key and value, got {got}"
+        )
+    return [(*shape[:-1], num_heads) for shape in shapes]
+
+
+def _check_choices(
+    route: str,
+    dropout_p: Number,
+    scale: Number | None,
+    logits: Logits | None,
+    normalization: Normalization | None,
+) -> None:
+    if route not in ("auto", "dense", "fused"):
+        raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {route!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    for name, given in (("logits", logits), ("normalization", normalization)):
+        if route == "fused" and given is not None:
+            raise ValueError(f"route: expected 'dense' with {name}=, got 'fused'")
+    if scale is not None and logits is not None:
+        raise ValueError(f"scale: with logits= it belongs to those, got {scale}")
