@@ -157,7 +157,7 @@ class _Radial:
         return self._squared(*_geometry(particles.detach()))
 
     def _squared(self, centered: Tensor, distances: Tensor) -> Tensor:
-        bandwidth, batch = self.bandwidth, centered[..., 0, 0].detach()
+        bandwidth, batch = self.bandwidth, distances[..., 0, 0].detach()
         if isinstance(bandwidth, str):
             return self._rule(_floored_median(centered, distances), centered.shape[-2])
         if isinstance(bandwidth, Tensor):
@@ -246,7 +246,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager:
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
