@@ -265,8 +265,8 @@ def _geometry(particles: Tensor) -> tuple[Tensor, Tensor]:
     centered, _ = _centered(particles)
     with _full_precision(particles):
         products = centered @ centered.mT
-    # Norms read off the product itself cancel exactly on the diagonal.
-    norms = products.diagonal(dim1=-2, dim2=-1)
+    # Norms read off the diagonal of the product itself cancel exactly there.
+    norms = products.flatten(-2)[..., :: products.shape[-1] + 1]
     return centered, _from_products(norms, norms, products)
 
 
