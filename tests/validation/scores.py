@@ -69,29 +69,31 @@ def by_quantiles(
     return Scores((middle - reference_middle) / width, (high - low) / 2 / width)
 
 
-def iid_gate(num_draws: float) -> Gate:
-    """What 95 % of exact samplers with so many independent draws pass, over all coordinates.
+def iid_gate(
+    reference: Float[Tensor, "reference dim"], num_draws: float, level: float = 0.95
+) -> Gate:
+    """What an exact sampler with so many independent draws passes with probability ``level``.
 
-    The 95 % points of 14 posteriors, interpolated in the logarithm of the number of draws.
+    By simulation: both the draws and a reference as long as the given one are drawn from it, so
+    that the error of a finite reference is allowed for. The probability to miss is shared equally
+    among the gate's three bounds.
     """
-    at = np.log(num_draws)
-    columns = [np.interp(at, np.log(_IID_DRAWS), np.log(column)) for column in _IID_ROWS.T]
-    return Gate(*(float(np.exp(column)) for column in columns))
+    generator = torch.Generator().manual_seed(0)
+    count, num_sets = round(num_draws), 1000
+
+    def resampled(size: int) -> Tensor:
+        return reference[torch.randint(len(reference), (size,), generator=generator)]
+
+    scores = [by_moments(resampled(count), resampled(len(reference))) for _ in range(num_sets)]
+    ratios, missed = torch.stack([score.ratio for score in scores]), (1 - level) / 3
+    return Gate(
+        shift=torch.tensor([score.worst_shift for score in scores]).quantile(1 - missed).item(),
+        lowest_ratio=ratios.amin(dim=1).quantile(missed).item(),
+        highest_ratio=ratios.amax(dim=1).quantile(1 - missed).item(),
+    )
 
 
 def effective_sample_size(draws: Float[Tensor, "chain draw dim"]) -> Float[Tensor, " dim"]:
     """Bulk effective sample size of each coordinate."""
     columns = [arviz.ess(column.numpy(), method="bulk") for column in draws.unbind(-1)]
     return torch.as_tensor(np.array(columns, dtype=float))
-
-
-_IID_DRAWS = np.array([10.0, 50.0, 100.0, 200.0, 1000.0])
-_IID_ROWS = np.array(
-    [
-        [0.85, 0.47, 1.59],
-        [0.35, 0.75, 1.26],
-        [0.25, 0.82, 1.18],
-        [0.18, 0.88, 1.13],
-        [0.075, 0.94, 1.05],
-    ]
-)
