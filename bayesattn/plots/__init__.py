@@ -1,0 +1,8 @@
+"""Pictures of posteriors, as matplotlib figures that leave no global state behind."""
+
+from bayesattn.plots.attended_words import attention
+from bayesattn.plots.learning_curves import optimization
+from bayesattn.plots.posterior_draws import forest, marginals
+from bayesattn.plots.quality import scores
+
+__all__ = ["attention", "forest", "marginals", "optimization", "scores"]
