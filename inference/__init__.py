@@ -5,4 +5,26 @@ if not __name__.startswith("bayesattn."):
         f"import bayesattn.inference, not {__name__}: under two names Python would load two copies"
     )
 
-__all__: list[str] = []
+from bayesattn.inference.coordinates import Affine, laplace
+from bayesattn.inference.log_density import DensitySettings, LogDensity
+from bayesattn.inference.nuts import NUTS
+from bayesattn.inference.posterior import Posterior
+from bayesattn.inference.recording import GraphCache, RecordingError
+from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
+from bayesattn.inference.svgd import SVGD
+from bayesattn.inference.svi import SVI
+
+__all__ = [
+    "NUTS",
+    "SVGD",
+    "SVI",
+    "Affine",
+    "ConvergenceWarning",
+    "DensitySettings",
+    "GraphCache",
+    "LogDensity",
+    "NonFiniteError",
+    "Posterior",
+    "RecordingError",
+    "laplace",
+]

@@ -26,7 +26,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["enumerated", "log_joint", "log_sum_product", "pointwise_log_likelihood"]
+__all__ = ["enumerated", "log_joint", "log_sum_product", "marked", "pointwise_log_likelihood"]
 
 Factors = OrderedDict[frozenset[str], list[Tensor]]
 
@@ -38,13 +38,18 @@ def enumerated(model: Callable, first_available_dim: int) -> Callable:
         model: A Pyro program.
         first_available_dim: First tensor dimension, from the right, left of all plates.
     """
-    marked = config_enumerate(model, default="parallel")
+    program_marked = marked(model)
 
     def program(*args: Any, **kwargs: Any) -> Any:
         with _Enumeration(first_available_dim):
-            return marked(*args, **kwargs)
+            return program_marked(*args, **kwargs)
 
     return program
+
+
+def marked(model: Callable) -> Callable:
+    """Return the program with every discrete latent site marked for parallel enumeration."""
+    return config_enumerate(model, default="parallel")
 
 
 def log_joint(trace: Any) -> Tensor:

@@ -18,7 +18,7 @@ import pyro.poutine as poutine
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import grad_and_value, hessian, vmap
+from torch.func import grad, grad_and_value, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from bayesattn.inference import enumeration
@@ -97,7 +97,7 @@ class LogDensity:
         )
         self._last_run: Substitution | None = None
         self._modules = programs.modules_of(model, args, kwargs)
-        self._generator_state: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(0)
         self._check_first_value()
 
     @property
@@ -152,8 +152,14 @@ class LogDensity:
 
     def constrain(self, particles: Float[Tensor, "particle dim"]) -> dict[str, Tensor]:
         """Map unconstrained particles to the values of each site: name to (particle, \\*shape)."""
-        values = self._run("constrain", particles, self._any_subsample())
+        _, *values = self._run("constrain", particles, self._any_subsample())
         return {site.name: value for site, value in zip(self.sites, values, strict=True)}
+
+    def log_determinant(
+        self, particles: Float[Tensor, "particle dim"]
+    ) -> Float[Tensor, " particle"]:
+        """Log absolute determinant of the map from unconstrained particles to constrained values."""
+        return self._run("constrain", particles, self._any_subsample())[0]
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Float[Tensor, "particle dim"]:
         """Map values of all sites, each (particle, \\*shape), to unconstrained particles.
@@ -347,7 +353,9 @@ class LogDensity:
         def constrain(particle: Tensor) -> tuple[Tensor, ...]:
             value(particle)
             assert self._last_run is not None
-            return tuple(self._last_run.values[site.name] for site in self.sites)
+            values = [self._last_run.values[site.name] for site in self.sites]
+            determinant = sum(self._last_run.log_determinants, particle.new_zeros(()))
+            return (determinant, *values)
 
         def unconstrain(row: Tensor) -> tuple[Tensor]:
             parts = row.split([site.shape.numel() for site in self.sites])
@@ -361,7 +369,7 @@ class LogDensity:
             return (torch.cat([image.to(self.dtype) for image in images]),)
 
         def second(particle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return (hessian(value)(particle), *grad_and_value(value)(particle))
+            return (jacrev(grad(value))(particle), *grad_and_value(value)(particle))
 
         kinds: dict[str, Callable[[Tensor], Any]] = {
             "value_and_score": grad_and_value(value),
@@ -399,17 +407,12 @@ class LogDensity:
             for name, (_, count) in self.program.subsamples.items()
         }
 
-    @contextlib.contextmanager
-    def _randomness(self) -> Any:
-        """Give random operations of a stochastic model a generator state of their own."""
+    def _randomness(self) -> contextlib.AbstractContextManager[None]:
+        """Give random operations of a stochastic model a random state of their own."""
         if not self.settings.stochastic:
-            yield
-            return
-        with seeded(0, self.device):
-            if self._generator_state is not None:
-                torch.random.set_rng_state(self._generator_state)
-            yield
-            self._generator_state = torch.random.get_rng_state()
+            return contextlib.nullcontext()
+        seed = int(torch.randint(2**31, (), generator=self._generator))
+        return seeded(seed, self.device)
 
     def _check_first_value(self) -> None:
         """Evaluate the log joint once, eagerly, at a prior draw: NaN and random operations show here."""
@@ -450,7 +453,11 @@ class LogDensity:
 
 
 def _prior_draw(density: LogDensity) -> dict[str, Tensor]:
-    with programs.private_param_store(), programs.data_defaults(density.args, density.kwargs):
+    with (
+        poutine.block(),
+        programs.private_param_store(),
+        programs.data_defaults(density.args, density.kwargs),
+    ):
         trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
     return {site.name: trace.nodes[site.name]["value"] for site in density.sites}
 

@@ -253,12 +253,16 @@ def quiet_pyro(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with (
         pyro.validation_enabled(False),
+        # Handlers of a program around this one must not see its sites.
+        poutine.block(),
         private_param_store(_EMPTY_STORE),
         data_defaults(args, kwargs),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message=".*was not registered in the param store")
+        # Slow batching rules inside of torch are not the caller's concern.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
@@ -371,7 +375,13 @@ def _first_trace(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Fi
         if not isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
         and not isinstance(tensor, torch.nn.Parameter)
     }
-    with seeded(0), private_param_store(), data_defaults(args, kwargs), torch.no_grad():
+    with (
+        seeded(0),
+        poutine.block(),
+        private_param_store(),
+        data_defaults(args, kwargs),
+        torch.no_grad(),
+    ):
         try:
             with watch:
                 trace = poutine.trace(model).get_trace(*args, **kwargs)

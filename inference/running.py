@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 __all__ = [
+    "ConvergenceWarning",
     "NonFiniteError",
     "NonFiniteWatch",
     "Progress",
@@ -81,6 +83,10 @@ def private_param_store(state: Mapping[str, Any] | None = None) -> Iterator[None
         store.set_state(before)
 
 
+class ConvergenceWarning(UserWarning):
+    """A run ended whose draws should not be trusted as they are."""
+
+
 class NonFiniteError(FloatingPointError):
     """A run met NaN or infinity.
 
@@ -100,26 +106,38 @@ class NonFiniteError(FloatingPointError):
 class NonFiniteWatch:
     """Looks for NaN and infinity without a device synchronization at each step.
 
-    Each :meth:`observe` folds one boolean into a flag on the device; only :meth:`poll` reads it.
+    Each :meth:`observe` folds what it sees into flags on the device; only :meth:`poll` reads them.
 
     Args:
-        device: Where the observed tensors live.
+        dim: Width of the scores that are watched.
+        device: Where they live.
     """
 
-    def __init__(self, device: torch.device):
-        self._first_bad = torch.full((), torch.iinfo(torch.int64).max, device=device)
+    def __init__(self, dim: int, device: torch.device):
+        self._first_bad = torch.full((), -1, device=device)
+        self._entries = torch.zeros(dim, dtype=torch.bool, device=device)
 
-    def observe(self, step: int, *values: Tensor) -> None:
-        """Note whether all entries of the given tensors are finite at this step."""
-        # One NaN or infinity anywhere makes the sum of 0 * x NaN: one reduction, no mask tensor.
-        bad = torch.stack([(value * 0).sum().double() for value in values]).sum().isnan()
-        here = torch.where(bad, step, torch.iinfo(torch.int64).max)
-        self._first_bad = torch.minimum(self._first_bad, here)
+    def observe(
+        self,
+        step: int,
+        values: Float[Tensor, " evaluation"],
+        scores: Float[Tensor, "evaluation dim"],
+    ) -> None:
+        """Note whether all values and scores are finite at this step."""
+        entries = ~scores.isfinite().all(0)
+        bad = entries.any() | ~values.isfinite().all()
+        first = bad & (self._first_bad < 0)
+        self._first_bad = torch.where(first, step, self._first_bad)
+        self._entries = torch.where(first, entries, self._entries)
 
     def poll(self) -> int | None:
         """Return the first bad step, or None; this synchronizes."""
         first = int(self._first_bad)
-        return None if first == torch.iinfo(torch.int64).max else first
+        return None if first < 0 else first
+
+    def bad_entries(self) -> Bool[Tensor, " dim"]:
+        """Entries of the score that were not finite at the first bad step."""
+        return self._entries
 
 
 class Progress:
