@@ -94,13 +94,13 @@ def summarize(
         one: too narrow) and ``pareto_k`` of the guide (above 0.7: not to be trusted) where given.
     """
     options = {"round_to": "none", **options}
-    table = arviz.summary(data, kind="all" if markov else "stats", **options)
+    table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     draws = data["posterior"].sizes["draw"]
     # ArviZ's R-hat splits each chain in two and needs two draws in each half.
     if not markov and num_chains > 1 and draws >= 4:
         table["r_hat"] = arviz.summary(data, kind="diagnostics", **options)["r_hat"]
     if reference is not None:
-        spread = arviz.summary(reference, kind="stats", **options)["sd"]
+        spread: Any = arviz.summary(reference, kind="stats", **options)["sd"]
         table["sd_ratio"] = table["sd"] / spread.reindex(table.index)
     if log_weights is not None:
         table["pareto_k"] = pareto_k(log_weights)
@@ -122,7 +122,7 @@ def pareto_k(log_weights: np.ndarray) -> float:
     flat = np.asarray(log_weights, dtype=float).reshape(-1)
     if int(arviz.__version__.split(".")[0]) < 1:
         return float(arviz.psislw(flat)[1])
-    from arviz_stats.base import array_stats
+    from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
 
     # ArviZ 1 takes the log likelihoods of leave-one-out here: log weights with the sign turned.
     return float(array_stats.psislw(-flat)[1])
