@@ -79,18 +79,19 @@ def test_ppmi_matches_reference(smoothing):
     assert (expected > 0).any()
 
 
-def test_vectors_are_the_centered_left_factor_of_the_ppmi():
-    """Against a dense decomposition, up to the sign of each coordinate before centering."""
-    vectors = word_vectors(SENTENCES, 3, window=2, min_count=1)
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_vectors_are_the_centered_left_factor_of_the_ppmi(dim):
+    """Against a dense decomposition, with the entry of largest magnitude positive."""
+    vectors = word_vectors(SENTENCES, dim, window=2, min_count=1)
     counts = Counter(word for words in SENTENCES for word in words)
     vocabulary = sorted(counts)
     assert list(vectors) == vocabulary
     matrix = ppmi_by_hand(counted_by_hand(SENTENCES, vocabulary, 2), 0.75)
     left, singular, _ = np.linalg.svd(matrix)
-    left = left[:, :3] * np.sign(left[np.abs(left).argmax(0)[:3], range(3)])
-    rows = left * np.sqrt(singular[:3])
+    left = left[:, :dim] * np.sign(left[np.abs(left).argmax(0)[:dim], range(dim)])
+    rows = left * np.sqrt(singular[:dim])
     rows -= sum(counts[w] * rows[i] for i, w in enumerate(vocabulary)) / sum(counts.values())
-    rows *= np.sqrt(3) / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows *= np.sqrt(dim) / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(np.stack(list(vectors.values())), rows, rtol=1e-9, atol=1e-9)
 
 
