@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.colors import to_rgba
 
 from bayesattn import plots
+from bayesattn.calibration import expected_calibration_error, reliability_bins
 
 WORDS = [["what", "is", "the", "weather"], ["play", "music"], ["rate", "this", "book"]]
 
@@ -371,6 +372,64 @@ def test_scores_show_values_and_errors(tmp_path):
 def test_bad_scores(table, message):
     with pytest.raises(ValueError, match=message):
         plots.scores(table)
+
+
+# Calibration
+
+
+@pytest.fixture
+def predictions(generator):
+    """Calibrated predictions of 300 labels, and the same predictions squeezed toward one half."""
+    sure = 0.5 + 0.5 * torch.rand(300, generator=generator)
+    labels = (torch.rand(300, generator=generator) > sure).long()
+    half = 0.5 + (sure - 0.5) / 2
+    return {
+        "NUTS": torch.stack([sure, 1 - sure], -1),
+        "SVI": torch.stack([half, 1 - half], -1),
+    }, labels
+
+
+def test_reliability_shows_the_bins(predictions, tmp_path):
+    probabilities, labels = predictions
+    figure = plots.reliability(probabilities, labels, num_bins=8, title="Trust")
+    curves, shares = drawn(figure, tmp_path)
+    for method, points, bars in zip(
+        probabilities, curves.containers, shares.containers, strict=True
+    ):
+        bins = reliability_bins(probabilities[method], labels, num_bins=8)
+        seen = bins.count > 0
+        assert 0 < seen.sum() < 8
+        line, _, (whiskers,) = points
+        np.testing.assert_allclose(line.get_xdata(), bins.confidence[seen])
+        np.testing.assert_allclose(line.get_ydata(), bins.accuracy[seen])
+        ends = np.stack(whiskers.get_segments())[:, :, 1]
+        chance = (bins.confidence * (1 - bins.confidence) / bins.count).sqrt()[seen]
+        np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 2 * chance)
+        np.testing.assert_allclose([bar.get_height() for bar in bars], bins.count / 300)
+        places = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+        np.testing.assert_array_equal(np.floor(np.multiply(places, 8)), range(8))
+    errors = [
+        expected_calibration_error(given, labels, num_bins=8) for given in probabilities.values()
+    ]
+    assert legend_of(figure) == [f"NUTS (ECE {errors[0]:.3f})", f"SVI (ECE {errors[1]:.3f})"]
+
+
+def test_a_legend_is_no_wider_than_its_figure(predictions):
+    probabilities, labels = predictions
+    given = {f"{'a long name':>40} {i}": probabilities["NUTS"] for i in range(5)}
+    figure = plots.reliability(given, labels)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
+def test_bad_predictions(predictions):
+    probabilities, labels = predictions
+    with pytest.raises(ValueError, match="probabilities must hold at least one entry, got none"):
+        plots.reliability({}, labels)
+    with pytest.raises(ValueError, match="labels: expected one for each prediction"):
+        plots.reliability(probabilities, labels[:5])
 
 
 # Global state

@@ -3,6 +3,6 @@
 from bayesattn.plots.attended_words import attention
 from bayesattn.plots.learning_curves import optimization
 from bayesattn.plots.posterior_draws import forest, marginals
-from bayesattn.plots.quality import scores
+from bayesattn.plots.quality import reliability, scores
 
-__all__ = ["attention", "forest", "marginals", "optimization", "scores"]
+__all__ = ["attention", "forest", "marginals", "optimization", "reliability", "scores"]

@@ -1,6 +1,7 @@
 """What all pictures share: figures that belong to no global state, colors, checked arrays."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,7 +21,7 @@ _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def new_figure(
-    rows: int, columns: int, size: tuple[float, float], **options: bool | str
+    rows: int, columns: int, size: tuple[float, float], **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """Make a figure that pyplot does not know, and its axes as "row column".
 
@@ -31,7 +32,7 @@ def new_figure(
         **options: Passed to :meth:`matplotlib.figure.Figure.subplots`.
     """
     figure = Figure(figsize=size, dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08))
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)  # type: ignore[arg-type]
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def colors(number: int) -> list[Color]:
@@ -50,11 +51,16 @@ def legend_above(
     figure: Figure, handles: Sequence[Artist | Container], title: str | None = None
 ) -> None:
     """Write what some labeled artists mean above the whole figure, and a title above that."""
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 1.6)))
+    widths = [0.65 + 0.075 * len(str(handle.get_label())) for handle in handles]
+    fits = [
+        columns
+        for columns in range(1, len(widths) + 1)
+        if sum(map(max, np.array_split(widths, columns))) <= figure.get_figwidth()
+    ]
     figure.legend(
         handles=list(handles),
         loc="outside upper center",
-        ncols=columns,
+        ncols=max(fits, default=1),
         frameon=False,
         fontsize=10,
         title=title,

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from bayesattn.plots.canvas import bare, colors, new_figure, nonempty
+from bayesattn.calibration import expected_calibration_error, reliability_bins
+from bayesattn.plots.canvas import bare, colors, legend_above, new_figure, nonempty
 
-__all__ = ["scores"]
+__all__ = ["reliability", "scores"]
 
 
 def scores(
@@ -41,6 +45,63 @@ def scores(
         axes.set_yticks(range(len(methods)), methods, fontsize=10)
     if title is not None:
         figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def reliability(
+    probabilities: Mapping[str, Float[Tensor, "*_batch _class"]],
+    labels: Shaped[Tensor, "*_batch"],
+    *,
+    num_bins: int = 10,
+    title: str | None = None,
+) -> Figure:
+    """Draw how often predictions are right against how sure they are, and how sure most are.
+
+    On the diagonal, confidence can be taken at its word. Whiskers are one standard deviation of
+    the accuracy that chance alone gives to a bin of as many predictions with this confidence. The
+    legend gives each method's expected calibration error.
+
+    Args:
+        probabilities: For each method, its predicted probability of each class.
+        labels: What came true, the same for all methods.
+        num_bins: Number of bins of equal width over the confidence.
+        title: Above the figure.
+
+    Returns:
+        A figure that pyplot does not know; keep it with ``figure.savefig``.
+
+    Raises:
+        ValueError: If there is no method, inputs are no probabilities and labels, or there is no
+            bin.
+    """
+    nonempty("probabilities", probabilities)
+    figure, grid = new_figure(2, 1, (6.4, 6.6), sharex=True, height_ratios=(3, 1))
+    (curves,), (shares,) = grid
+    curves.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle=":")
+    handles, width = [], 0.85 / (num_bins * len(probabilities))
+    for place, (method, color) in enumerate(
+        zip(probabilities, colors(len(probabilities)), strict=True)
+    ):
+        bins = reliability_bins(probabilities[method], labels, num_bins=num_bins)
+        error = expected_calibration_error(probabilities[method], labels, num_bins=num_bins)
+        count, confidence, right = (part.detach().cpu().double().numpy() for part in bins)
+        seen = count > 0
+        chance = np.sqrt(confidence * (1 - confidence) / count.clip(min=1))
+        label = f"{method} (ECE {error.item():.3f})"
+        style = {"color": color, "marker": "o", "markersize": 5, "capsize": 2, "label": label}
+        handles.append(curves.errorbar(confidence[seen], right[seen], chance[seen], **style))
+        centers = (np.arange(num_bins) + 0.5) / num_bins
+        offset = (place - (len(probabilities) - 1) / 2) * width
+        shares.bar(centers + offset, count / count.sum(), width, color=color)
+    curves.set_ylabel("fraction right", fontsize=10)
+    shares.set_ylabel("share of\npredictions", fontsize=10)
+    shares.set_xlabel("confidence", fontsize=10)
+    for axes in (curves, shares):
+        axes.set_xlim(0, 1.01)
+        axes.set_ylim(0, 1.03)
+        axes.tick_params(labelsize=9)
+        bare(axes)
+    legend_above(figure, handles, title)
     return figure
 
 
