@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor
@@ -38,9 +39,14 @@ class GivenValues(Messenger):
         name = msg["name"]
         if name in self._resample:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+        if isinstance(msg["fn"], _Subsample):
+            return
+        expected = msg["fn"].batch_shape + msg["fn"].event_shape
+        if msg["is_observed"]:
+            _check_observed(name, msg["value"], expected)
         if name not in self._values or msg["is_observed"]:
             return
-        value, expected = self._values[name], msg["fn"].batch_shape + msg["fn"].event_shape
+        value = self._values[name]
         if value.shape != expected:
             raise ShapeMismatchError(
                 f"latent site {name!r} has shape {tuple(value.shape)} in the draws, but "
@@ -51,6 +57,17 @@ class GivenValues(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] in self._parameters:
             msg["value"], msg["done"] = self._parameters[msg["name"]], True
+
+
+def _check_observed(name: str, value: Any, expected: torch.Size) -> None:
+    """Refuse data that no distribution of that shape has; nothing else would notice."""
+    try:
+        torch.broadcast_shapes(getattr(value, "shape", ()), expected)
+    except RuntimeError:
+        raise ShapeMismatchError(
+            f"observed site {name!r} has shape {tuple(value.shape)} in the data, but "
+            f"{tuple(expected)} in the model"
+        ) from None
 
 
 class SamplingError(RuntimeError):

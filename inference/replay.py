@@ -5,6 +5,7 @@ Nothing of torch's or Pyro's global state is touched, and subsampled plates are 
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,10 +14,10 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import config_enumerate, infer_discrete
 from torch import Tensor
 from torch.func import vmap
 
+from bayesattn.inference.discrete_draws import draw_discrete
 from bayesattn.inference.handlers import (
     FreshDraws,
     GivenValues,
@@ -76,6 +77,7 @@ class Replay:
         self._model, self._args, self._kwargs = model, args, kwargs
         self._values, self._num_rows = dict(values), num_rows
         self._seed = resolve_seed(seed)
+        self._parameters: dict[str, Tensor] = {}
         self.sites = self._first_run()
         entries = sum(math.prod(site.shape) for site in self.sites.values())
         self._chunk_size = chunk_size or max(1, _ENTRIES_AT_ONCE // max(entries, 1))
@@ -134,7 +136,9 @@ class Replay:
 
         def run(_: Tensor, values: Values) -> dict[str, Tensor]:
             if summed_out:
-                values = {**values, **self._draw_discrete(values, summed_out)}
+                program = functools.partial(self._run, values)
+                discrete = draw_discrete(program, summed_out, self.first_free_axis)
+                values = {**values, **discrete}
             result = function(self._trace(values, resample, handler))
             return {name: torch.as_tensor(value) for name, value in result.items()}
 
@@ -173,13 +177,17 @@ class Replay:
             warnings.filterwarnings("ignore", message="An output with one or more elements was")
             yield
 
+    def _run(self, values: Values) -> Any:
+        with GivenValues(values, parameters={**self._parameters, **values}):
+            return self._model(*self._args, **self._kwargs)
+
     def _trace(
         self,
         values: Values,
         resample: Collection[str] = (),
         handler: Callable[[Callable], Callable] = lambda model: model,
     ) -> Any:
-        with FreshDraws(), GivenValues(values, resample):
+        with FreshDraws(), GivenValues(values, resample, {**self._parameters, **values}):
             return poutine.trace(handler(self._model)).get_trace(*self._args, **self._kwargs)
 
     def _first_run(self) -> dict[str, Site]:
@@ -194,6 +202,10 @@ class Replay:
                     f"the model failed on the {describe_arguments(self._args, self._kwargs)}: "
                     f"{type(error).__name__}: {first_line(error)}"
                 ) from error
+        # A parameter cannot be registered under vmap, so later runs are given what this one has.
+        self._parameters = {
+            name: node["value"] for name, node in nodes.items() if node["type"] == "param"
+        }
         missing = [name for name in first if name not in nodes]
         if missing:
             raise ValueError(
@@ -201,16 +213,3 @@ class Replay:
                 f"arguments; it visits {[name for name in nodes if not name.startswith('_')]}"
             )
         return read_sites(nodes, first)
-
-    def _draw_discrete(self, values: Values, names: Collection[str]) -> dict[str, Tensor]:
-        """Draw discrete sites from their distribution given the values and the data."""
-
-        def program() -> Any:
-            with GivenValues(values):
-                return self._model(*self._args, **self._kwargs)
-
-        conditional = infer_discrete(
-            config_enumerate(program), first_available_dim=self.first_free_axis, temperature=1
-        )
-        nodes: Any = poutine.trace(conditional).get_trace().nodes
-        return {name: nodes[name]["value"] for name in names}
