@@ -94,6 +94,43 @@ def summarize(
         one: too narrow) and ``pareto_k`` of the guide (above 0.7: not to be trusted) where given.
     """
     options = {"round_to": "none", **options}
+    # Entries that never vary, such as weights of padding, have no R-hat; that is no news.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _table(data, markov, num_chains, log_weights, reference, options)
+
+
+def pareto_k(log_weights: np.ndarray) -> float:
+    """Tail index of importance weights, which says how far a guide is from its target.
+
+    Args:
+        log_weights: Log of target over proposal at independent draws, any shape.
+
+    Returns:
+        Pareto's k; above 0.7 the weights have no usable mean, and the guide misses mass. Zero where
+        all weights are equal.
+
+    Source:
+        Yao et al. (2018), Yes, but did it work? Evaluating variational inference, arXiv:1802.02538.
+    """
+    flat = np.asarray(log_weights, dtype=float).reshape(-1)
+    if np.ptp(flat) < 1e-8:
+        return 0.0
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return float(arviz.psislw(flat)[1])
+    from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
+
+    # ArviZ 1 takes the log likelihoods of leave-one-out here: log weights with the sign turned.
+    return float(array_stats.psislw(-flat)[1])
+
+
+def _table(
+    data: Any,
+    markov: bool,
+    num_chains: int,
+    log_weights: np.ndarray | None,
+    reference: Any,
+    options: Mapping[str, Any],
+) -> pd.DataFrame:
     table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     draws = data["posterior"].sizes["draw"]
     # ArviZ's R-hat splits each chain in two and needs two draws in each half.
@@ -105,27 +142,6 @@ def summarize(
     if log_weights is not None:
         table["pareto_k"] = pareto_k(log_weights)
     return table
-
-
-def pareto_k(log_weights: np.ndarray) -> float:
-    """Tail index of importance weights, which says how far a guide is from its target.
-
-    Args:
-        log_weights: Log of target over proposal at independent draws, any shape.
-
-    Returns:
-        Pareto's k; above 0.7 the weights have no usable mean, and the guide misses mass.
-
-    Source:
-        Yao et al. (2018), Yes, but did it work? Evaluating variational inference, arXiv:1802.02538.
-    """
-    flat = np.asarray(log_weights, dtype=float).reshape(-1)
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return float(arviz.psislw(flat)[1])
-    from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
-
-    # ArviZ 1 takes the log likelihoods of leave-one-out here: log weights with the sign turned.
-    return float(array_stats.psislw(-flat)[1])
 
 
 def _check_names(groups: Mapping[str, Variables]) -> None:
