@@ -58,8 +58,10 @@ class AxisNames:
             for axis, label in enumerate(names, start=len(shape) - len(names)):
                 if result[axis] is None and label not in result:
                     result[axis] = label
+        # Groups are paths, so that no name of an axis may have a slash; Pyro's scopes make some.
         return tuple(
-            placeholder(name, axis) if label is None else label for axis, label in enumerate(result)
+            placeholder(name, axis) if label is None else label.replace("/", ".")
+            for axis, label in enumerate(result)
         )
 
     def check_all_used(self) -> None:
@@ -77,4 +79,4 @@ class AxisNames:
 
 def placeholder(name: str, axis: int) -> str:
     """Name of an axis that has no name."""
-    return f"{name}_axis_{axis}"
+    return f"{name}_axis_{axis}".replace("/", ".")

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bayesattn.inference.posterior import Posterior
@@ -185,4 +184,7 @@ def _ordered_blocks(
 
 def _assign(mean: np.ndarray, heads: np.ndarray) -> np.ndarray:
     """Head for each slot: the squares are fixed, so that least is largest inner product."""
+    # Half of the import time of this package, for what few sessions use.
+    from scipy.optimize import linear_sum_assignment
+
     return linear_sum_assignment(mean @ heads.T, maximize=True)[1]
