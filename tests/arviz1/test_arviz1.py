@@ -116,6 +116,7 @@ class TestFilesOfTheMainSuite:
         first = next(iter(posterior.data_vars))
         arviz.plot_dist(data, var_names=[first], backend="matplotlib")
 
+    @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
     def test_loo(self, path):
         with arviz.from_netcdf(path) as data:
             data.load()

@@ -102,7 +102,7 @@ def test_a_program_is_needed_to_predict(fitted, data, tmp_path, suffix):
     assert_same(whole.thin(10), fitted.thin(10))
 
 
-names = st.sampled_from(["weight", "net.weight", "scope/bias", "Größe", "lp"])
+names = st.sampled_from(["weight", "net.weight", "scope/bias", "Größe", "log odds"])
 shapes = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 dtypes = st.sampled_from(
     [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
@@ -135,7 +135,7 @@ def test_any_shape_and_dtype_round_trips(
         method="SVGD",
         draws_are="particles",
         sample_stats=values({f"{name}_stat": spec for name, spec in stats.items()}, chains, draws),
-        optimization={"ksd": torch.ones(chains, steps), "bandwidth": torch.ones(chains, 5)},
+        optimization={"log density": torch.ones(chains, steps), "ksd": torch.ones(chains, 5)},
         point_estimates=values({f"{name}_estimate": spec for name, spec in sites.items()}, chains),
     )
     path = tmp_path_factory.mktemp("round") / f"fit.{suffix}"
