@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.program import data_defaults
+from bayesattn.inference.program import apart_from_handlers, data_defaults
 from bayesattn.inference.running import private_param_store, seeded
 
 __all__ = ["Init", "initial_values"]
@@ -90,7 +90,7 @@ def _by_strategy(
     seed = int(torch.randint(2**31, (), generator=generator))
     with (
         seeded(seed, density.device),
-        poutine.block(),
+        apart_from_handlers(),
         private_param_store(),
         data_defaults(density.args, density.kwargs),
         torch.no_grad(),

@@ -454,7 +454,7 @@ class LogDensity:
 
 def _prior_draw(density: LogDensity) -> dict[str, Tensor]:
     with (
-        poutine.block(),
+        programs.apart_from_handlers(),
         programs.private_param_store(),
         programs.data_defaults(density.args, density.kwargs),
     ):

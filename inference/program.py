@@ -17,6 +17,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine import runtime
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "Latent",
     "Plate",
     "Program",
+    "apart_from_handlers",
     "data_defaults",
     "modules_of",
     "quiet_pyro",
@@ -244,6 +246,22 @@ def log_joint(
 
 
 @contextlib.contextmanager
+def apart_from_handlers() -> Iterator[None]:
+    """Run Pyro code as if no handler or plate were active around it.
+
+    Handlers of an outer program would see the sites of this one, and its plates would push the
+    plates of this one to other dimensions.
+    """
+    allocator = runtime._DIM_ALLOCATOR
+    outer, allocator._stack = allocator._stack, []
+    try:
+        with poutine.block():
+            yield
+    finally:
+        allocator._stack = outer
+
+
+@contextlib.contextmanager
 def quiet_pyro(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Run Pyro code as a pure function: no validation, an empty private parameter store, math attention.
 
@@ -253,8 +271,7 @@ def quiet_pyro(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with (
         pyro.validation_enabled(False),
-        # Handlers of a program around this one must not see its sites.
-        poutine.block(),
+        apart_from_handlers(),
         private_param_store(_EMPTY_STORE),
         data_defaults(args, kwargs),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
@@ -377,7 +394,7 @@ def _first_trace(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> _Fi
     }
     with (
         seeded(0),
-        poutine.block(),
+        apart_from_handlers(),
         private_param_store(),
         data_defaults(args, kwargs),
         torch.no_grad(),
