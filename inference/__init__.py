@@ -7,6 +7,7 @@ if not __name__.startswith("bayesattn."):
 
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.log_density import DensitySettings, LogDensity
+from bayesattn.inference.matching import match_heads
 from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
@@ -27,4 +28,5 @@ __all__ = [
     "Posterior",
     "RecordingError",
     "laplace",
+    "match_heads",
 ]
