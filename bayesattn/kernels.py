@@ -15,7 +15,7 @@ Source:
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,7 @@ class KernelTerms(NamedTuple):
     repulsion: Float[Tensor, "*batch particle dim"]
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A positive-definite function with a bandwidth, such as :class:`RBF` and :class:`IMQ`."""
 
@@ -231,7 +232,7 @@ class IMQ(_Radial):
         """The same kernel with its bandwidth fixed to what it is at these particles."""
         return IMQ(self.squared_bandwidth(particles).sqrt(), exponent=self.exponent)
 
-    def _rule(self, median: Tensor, num_particles: int) -> Tensor:  # noqa: ARG002
+    def _rule(self, median: Tensor, num_particles: int) -> Tensor:
         return median
 
     def _profile(self, distances: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
