@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-import bayesattn
 from bayesattn.inference import prediction
 from bayesattn.inference.arviz_tree import build_tree
 from bayesattn.inference.axis_names import AxisNames, placeholder
@@ -64,7 +64,7 @@ def tree(
         "method": posterior.method,
         "draws_are": posterior.draws_are,
         "inference_library": "bayesattn",
-        "inference_library_version": bayesattn.__version__,
+        "inference_library_version": metadata.version("bayesattn"),
     }
     return build_tree(
         groups,
