@@ -1,27 +1,44 @@
-"""Checks of what the attention models are given."""
+"""Checks of what the models are given; each says the argument, what was expected, and what came."""
 
+from dataclasses import fields
+from typing import Any
+
+import torch
 from torch import Tensor
 
-__all__ = ["check_batch"]
+__all__ = ["check_sentences", "check_settings"]
 
 
-def check_batch(tokens: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
+def check_settings(model: Any) -> None:
+    """Check that all numbers among the fields of a dataclass are positive.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{field.name} must be positive, got {value}")
+
+
+def check_sentences(tokens: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
     """Check that tokens, mask and observations belong together.
 
     Raises:
-        ValueError: Saying the argument, what was expected, and what came.
+        ValueError: If shapes or types do not fit.
     """
-    if tokens.ndim != 3:
+    if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(
-            f"tokens must have shape (sentence, token, dim), got {tuple(tokens.shape)}"
+            "tokens must be floating point vectors of shape (sentence, token, dim), got "
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}"
         )
-    if mask is not None and mask.shape != tokens.shape[:2]:
+    if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(
-            f"mask must have the shape (sentence, token) of tokens, {tuple(tokens.shape[:2])}, got "
-            f"{tuple(mask.shape)}"
+            "mask must be boolean, True where there is a token, of shape (sentence, token) = "
+            f"{tuple(tokens.shape[:2])}, got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     if target is not None and target.shape != tokens.shape[:1]:
         raise ValueError(
-            f"target must have one entry a sentence, {tuple(tokens.shape[:1])}, got "
+            f"target must have one entry a sentence, shape {tuple(tokens.shape[:1])}, got shape "
             f"{tuple(target.shape)}"
         )

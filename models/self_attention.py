@@ -1,42 +1,43 @@
 r"""Multi-head self-attention with full query, key and value projections, all of them latent.
 
-.. math:: o_h = \mathrm{softmax}\!\left(\frac{(X Q_h)(X K_h)^\top}{\sqrt{d_h}}\right) X V_h, \qquad
-          y \sim p(\,\cdot \mid R\, \overline{[o_1, \dots, o_H]} + b)
+.. math:: A_h = \mathrm{softmax}\!\left(\frac{(X Q_h)(X K_h)^\top}{\sqrt{d_h}}\right), \qquad
+          F_h = \frac1n \sum_i (A_h X V_h)_i
 
-The bar is the mean over a sentence's tokens. Heads stand in a plate ``head``.
+over the n tokens of a sentence. A readout tells what the features F of all heads mean. Heads stand
+in a plate ``head``, so they can be the particles of one network.
 
 Source:
-    Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762.
+    Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762, section 3.2.2.
 """
 
 from dataclasses import dataclass
 
 import pyro
-import pyro.distributions as dist
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from bayesattn.functional import attention, attention_weights
-from bayesattn.models.checks import check_batch
+from bayesattn.models.checks import check_settings
 from bayesattn.models.likelihoods import Likelihood
+from bayesattn.models.sentences import minibatch, normal_prior, observe, shared_dims
 
-__all__ = ["MultiHeadSelfAttention"]
+__all__ = ["MultiHeadSelfAttention", "mean_over_tokens", "self_attend"]
 
 
 @dataclass(frozen=True)
 class MultiHeadSelfAttention:
-    """A Pyro program: multi-head self-attention, mean pooling and a readout.
+    """A Pyro program: multi-head self-attention, its mean over a sentence's tokens, and a readout.
 
-    Sites: ``query_weight``, ``key_weight``, ``value_weight`` in plate ``head``; ``readout_weight`` and
-    ``readout_bias``; the likelihood's own; ``target`` in plate ``sentence``. Deterministic:
-    ``attention`` (sentence, head, query, key), ``expected_target``.
+    Sites: ``query_weight``, ``key_weight``, ``value_weight`` in plate ``head``; those of
+    :func:`~bayesattn.models.sentences.observe`. Deterministic: ``attention``, (sentence, head,
+    query, key), and ``expected_target``.
 
     Attributes:
         num_heads: Number of heads.
         head_dim: Width of each head.
         likelihood: Such as :class:`bayesattn.models.Categorical`.
-        projection_scale: Prior standard deviation of a projected unit-scale token's entries.
+        projection_scale: Prior standard deviation of each entry of a unit-scale token's projection.
         readout_scale: Prior standard deviation of the readout's entries and bias.
         batch_size: Sentences drawn for each evaluation; all by default.
     """
@@ -49,21 +50,17 @@ class MultiHeadSelfAttention:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least one, got {getattr(self, name)}")
+        check_settings(self)
 
     @property
     def dims(self) -> dict[str, list[str]]:
-        """Names of all axes of each site, for ArviZ."""
+        """Names of the axes of each site and argument, for ArviZ."""
         return {
             "query_weight": ["head", "feature", "component"],
             "key_weight": ["head", "feature", "component"],
             "value_weight": ["head", "feature", "component"],
-            "readout_weight": ["pooled_feature", "output"],
-            "readout_bias": ["output"],
             "attention": ["sentence", "head", "query", "key"],
-            **self.likelihood.dims,
+            **shared_dims(self.likelihood, "component"),
         }
 
     def __call__(
@@ -72,70 +69,55 @@ class MultiHeadSelfAttention:
         mask: Bool[Tensor, "sentence token"] | None = None,
         target: Shaped[Tensor, " sentence"] | None = None,
     ) -> None:
-        """Run the program.
-
-        Args:
-            tokens: Token vectors.
-            mask: True where there is a token, not padding; all by default.
-            target: Observations; sampled where None.
-
-        Raises:
-            ValueError: If shapes do not fit together.
-        """
-        check_batch(tokens, mask, target)
-        dim, outputs = tokens.shape[-1], self.likelihood.num_outputs
-        prior = dist.Normal(
-            tokens.new_zeros(dim, self.head_dim), self.projection_scale * dim**-0.5
-        ).to_event(2)
+        """Run the program; arguments: :func:`~bayesattn.models.sentences.minibatch`."""
+        batch = minibatch(tokens, mask, target, self.batch_size)
+        dim = tokens.shape[-1]
+        prior = normal_prior(tokens, dim, self.head_dim, scale=self.projection_scale * dim**-0.5)
         with pyro.plate("head", self.num_heads):
-            query_weight = pyro.sample("query_weight", prior)
-            key_weight = pyro.sample("key_weight", prior)
-            value_weight = pyro.sample("value_weight", prior)
-        shape = (self.num_heads * self.head_dim, outputs)
-        readout = pyro.sample(
-            "readout_weight", dist.Normal(tokens.new_zeros(shape), self.readout_scale).to_event(2)
-        )
-        bias = pyro.sample(
-            "readout_bias",
-            dist.Normal(tokens.new_zeros(outputs), self.readout_scale).to_event(1),
-        )
-        sentences = pyro.plate("sentence", len(tokens), subsample_size=self.batch_size)
-        if self.batch_size is not None:
-            index = sentences.indices
-            tokens, mask, target = (
-                None if part is None else part[index] for part in (tokens, mask, target)
-            )
-        attended, weights = attend(tokens, mask, query_weight, key_weight, value_weight)
-        pyro.deterministic("attention", weights, event_dim=4)
-        pooled = masked_mean(attended, mask)
-        distribution, expected = self.likelihood(pooled @ readout + bias)
-        pyro.deterministic("expected_target", expected, event_dim=expected.ndim)
-        with sentences:
-            pyro.sample("target", distribution, obs=target)
+            query = pyro.sample("query_weight", prior)
+            key = pyro.sample("key_weight", prior)
+            value = pyro.sample("value_weight", prior)
+        attended, weights = self_attend(batch.tokens, query, key, value, batch.mask)
+        with batch.plate:
+            pyro.deterministic("attention", weights, event_dim=3)
+        observe(batch, mean_over_tokens(attended, batch.mask), self.likelihood, self.readout_scale)
 
 
-def attend(
+def self_attend(
     tokens: Float[Tensor, "sentence token dim"],
-    mask: Bool[Tensor, "sentence token"] | None,
     query_weight: Float[Tensor, "head dim component"],
     key_weight: Float[Tensor, "head dim component"],
-    value_weight: Float[Tensor, "head dim component"],
-) -> tuple[Float[Tensor, "sentence token features"], Float[Tensor, "sentence head token token"]]:
-    """Self-attention of every head, heads side by side, and the attention weights."""
+    value_weight: Float[Tensor, "head dim value_component"],
+    mask: Bool[Tensor, "sentence token"] | None = None,
+) -> tuple[
+    Float[Tensor, "sentence head token value_component"],
+    Float[Tensor, "sentence head token token"],
+]:
+    """Let each token of a sentence attend to all of them, under each head's projections.
+
+    Args:
+        tokens: Token vectors.
+        query_weight: Projects tokens to queries.
+        key_weight: Projects tokens to keys.
+        value_weight: Projects tokens to values.
+        mask: True where there is a token, not padding; all if None.
+
+    Returns:
+        Averages of the values, and attention weights; zero for padding.
+    """
     query, key, value = (
         torch.einsum("std,hdc->shtc", tokens, weight)
         for weight in (query_weight, key_weight, value_weight)
     )
-    weights = attention_weights(query, key, key_mask=mask)
-    attended = attention(query, key, value, key_mask=mask)
-    return attended.transpose(1, 2).flatten(2), weights
+    attended = attention(query, key, value, query_mask=mask, key_mask=mask)
+    return attended, attention_weights(query, key, query_mask=mask, key_mask=mask)
 
 
-def masked_mean(
-    values: Float[Tensor, "sentence token dim"], mask: Bool[Tensor, "sentence token"] | None
-) -> Float[Tensor, "sentence dim"]:
-    """Mean over a sentence's tokens, padding left out; zero where there is no token."""
+def mean_over_tokens(
+    values: Float[Tensor, "sentence head token component"],
+    mask: Bool[Tensor, "sentence token"] | None = None,
+) -> Float[Tensor, "sentence head component"]:
+    """Mean over a sentence's tokens of values that are zero at padding; zero without a token."""
     if mask is None:
-        return values.mean(1)
-    total = torch.where(mask[..., None], values, 0.0).sum(1)
-    return total / mask.sum(1, keepdim=True).clamp(min=1)
+        return values.mean(-2)
+    return values.sum(-2) / mask.sum(-1).clamp(min=1)[:, None, None]

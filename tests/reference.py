@@ -69,3 +69,55 @@ def attention(query, key, value, scale, bias=None, mask=None):
         for j in range(len(key)):
             output[i] += weights[i, j] * value[j]
     return output, weights
+
+
+def pooled_features(tokens, mask, query, hidden=None):
+    """F_nh = sum_j a_nhj x_nj, a_nh = softmax_j(w_h.x_nj / sqrt d), or of w_h.tanh(W x_nj)."""
+    features, weights = [], []
+    for words, taking_part in zip(tokens, mask, strict=True):
+        key = words if hidden is None else np.array([np.tanh(hidden @ word) for word in words])
+        scale = len(words[0]) ** -0.5 if hidden is None else 1.0
+        heads = [attention([w], key, words, scale, mask=[taking_part]) for w in query]
+        features.append([output[0] for output, _ in heads])
+        weights.append([weight[0] for _, weight in heads])
+    return np.array(features), np.array(weights)
+
+
+def self_attention_features(tokens, mask, query_weight, key_weight, value_weight):
+    """F_nh = mean over the words i of sentence n of sum_j a_nhij V_h' x_nj; padding is no word."""
+    features = np.zeros((len(tokens), len(query_weight), value_weight.shape[-1]))
+    weights = np.zeros((len(tokens), len(query_weight), len(tokens[0]), len(tokens[0])))
+    for n, words in enumerate(tokens):
+        for h in range(len(query_weight)):
+            query, key, value = (w[h] for w in (query_weight, key_weight, value_weight))
+            outputs, all_weights = attention(
+                [query.T @ word for word in words],
+                [key.T @ word for word in words],
+                np.array([value.T @ word for word in words]),
+                query.shape[-1] ** -0.5,
+                mask=[mask[n]] * len(words),
+            )
+            for i in range(len(words)):
+                if mask[n][i]:
+                    features[n, h] += outputs[i] / sum(mask[n])
+                    weights[n, h, i] = all_weights[i]
+    return features, weights
+
+
+def read_out(features, weight, bias):
+    """o_n = sum_h F_nh R_h + b."""
+    outputs = []
+    for heads in features:
+        output = bias.copy()
+        for feature, block in zip(heads, weight, strict=True):
+            output += block.T @ feature
+        outputs.append(output)
+    return np.array(outputs)
+
+
+def normal_log_density(values, scale):
+    """Sum of log N(x; 0, scale^2) over all entries."""
+    return sum(
+        -(x**2) / (2 * scale**2) - math.log(scale) - math.log(2 * math.pi) / 2
+        for x in np.ravel(values)
+    )
