@@ -6,6 +6,7 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.inference.coordinates import Affine, laplace
+from bayesattn.inference.initialization import initial_values
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.matching import match_heads
 from bayesattn.inference.nuts import NUTS
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "RecordingError",
+    "initial_values",
     "laplace",
     "match_heads",
 ]

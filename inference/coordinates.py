@@ -2,8 +2,9 @@ r"""Affine coordinates in which a posterior is near unit scale, from its curvatu
 
 .. math:: u = m + S v, \qquad S S^\top = (-\nabla^2 \log p(m))^{-1}
 
-The mode :math:`m` is found by damped Newton ascent from several starts at once. The Hessian is scaled
-by its own diagonal before it is factorized, so that units of any size survive the arithmetic.
+The mode :math:`m` is found by damped Newton ascent from several starts at once. The Hessian is
+scaled by its own diagonal before it is factorized, so that units of any size survive the
+arithmetic.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
 
-__all__ = ["Affine", "differentiable_value", "identity", "laplace"]
+__all__ = ["Affine", "composed", "differentiable_value", "identity", "laplace"]
 
 _LARGEST_LAPLACE_DIM = 500
 
@@ -59,14 +60,32 @@ class Affine(NamedTuple):
         """Turn the score by unconstrained coordinates into the score by working ones."""
         return score * self.scale[..., None, :] if self.is_diagonal else score @ self.scale
 
-    def to(self, other: Tensor) -> "Affine":
-        """The same map in another tensor's dtype and on its device."""
-        return Affine(self.location.to(other), self.scale.to(other))
+    def log_determinant(self) -> Float[Tensor, "*batch"]:
+        """Log absolute determinant."""
+        diagonal = self.scale if self.is_diagonal else self.scale.diagonal(dim1=-2, dim2=-1)
+        return diagonal.abs().log().sum(-1)
+
+    def expand(self, num_runs: int) -> "Affine":
+        """The same map for each of several runs."""
+        location, scale = (part.expand(num_runs, *part.shape) for part in self)
+        return Affine(location, scale)
 
 
 def identity(like: Float[Tensor, "*batch dim"]) -> Affine:
     """The map that changes nothing."""
     return Affine(torch.zeros_like(like), torch.ones_like(like))
+
+
+def composed(outer: Affine, inner: Affine) -> Affine:
+    """The map that applies the inner one first; both triangular, and so is what comes of them."""
+    location = outer.apply(inner.location[..., None, :])[..., 0, :]
+    if outer.is_diagonal and inner.is_diagonal:
+        return Affine(location, outer.scale * inner.scale)
+    if inner.is_diagonal:
+        return Affine(location, outer.scale * inner.scale[..., None, :])
+    if outer.is_diagonal:
+        return Affine(location, outer.scale[..., :, None] * inner.scale)
+    return Affine(location, outer.scale @ inner.scale)
 
 
 def differentiable_value(
@@ -118,8 +137,8 @@ def laplace(
         )
     if density.dim > _LARGEST_LAPLACE_DIM:
         raise ValueError(
-            f"Laplace coordinates factorize Hessians, at most {_LARGEST_LAPLACE_DIM} wide; this model "
-            f"has dimension {density.dim}: use coordinates='raw'"
+            f"Laplace coordinates factorize Hessians, at most {_LARGEST_LAPLACE_DIM} wide; this "
+            f"model has dimension {density.dim}: use coordinates='raw'"
         )
     points = 4 * torch.rand(num_starts, density.dim, generator=generator, dtype=torch.float64) - 2
     points = points.to(density.device, density.dtype)

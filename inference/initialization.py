@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.program import apart_from_handlers, data_defaults
+from bayesattn.inference.program import data_defaults
 from bayesattn.inference.running import private_param_store, seeded
 
-__all__ = ["Init", "initial_values"]
+__all__ = ["Init", "initial_values", "set_apart"]
 
 Init = Posterior | Mapping[str, Any] | Callable[..., Tensor] | None
 
@@ -33,21 +33,44 @@ def initial_values(
         generator: Draws what is random.
 
     Raises:
-        ValueError: If ``init`` is of another kind or does not fit the model's sites.
+        ValueError: If ``init`` is of another kind, or its values do not fit the model's sites.
     """
     if init is None:
         start = 4 * torch.rand(count, density.dim, generator=generator, dtype=torch.float64) - 2
         return start.to(density.device, density.dtype)
     if isinstance(init, Posterior):
-        return _apart(density.unconstrain(_picked(density, init, count, generator)), generator)
-    if isinstance(init, Mapping):
-        return _apart(density.unconstrain(_given(density, init, count)), generator)
-    if callable(init):
-        return _by_strategy(density, init, count, generator)
-    raise ValueError(
-        "init must be a Posterior, a mapping from sites to values, one of Pyro's init_to_* or None, "
-        f"got {type(init).__name__}"
-    )
+        values = _picked(density, init, count, generator)
+    elif isinstance(init, Mapping):
+        values = _given(density, init, count)
+    elif callable(init):
+        values = _by_strategy(density, init, count, generator)
+    else:
+        raise ValueError(
+            "init must be a Posterior, a mapping from sites to values, one of Pyro's init_to_* or "
+            f"None, got {type(init).__name__}"
+        )
+    particles = density.unconstrain(values)
+    bad = density.site_names(~particles.isfinite().all(0))
+    if bad:
+        raise ValueError(
+            f"init has values outside of the support of the sites {bad}, or at its end"
+        )
+    return particles
+
+
+def set_apart(
+    particles: Float[Tensor, "particle dim"], generator: torch.Generator
+) -> Float[Tensor, "particle dim"]:
+    """Move particles a little where some are equal: equal particles would stay equal forever.
+
+    The noise is a hundredth of the particles' spread, or of one where all are equal.
+    """
+    if len(particles) < 2 or len(particles.unique(dim=0)) == len(particles):
+        return particles
+    spread = particles.std(0)
+    spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+    noise = torch.randn(particles.shape, generator=generator, dtype=torch.float64).to(particles)
+    return particles + 0.01 * spread * noise
 
 
 def _picked(
@@ -59,10 +82,14 @@ def _picked(
         raise ValueError(
             f"init must hold every latent site of the model, but the posterior lacks {missing}"
         )
+    for site in density.sites:
+        _check_shape(site.name, values[site.name].shape[1:], site.shape)
     total = len(values[density.sites[0].name])
     rounds = -(-count // total)
     order = torch.cat([torch.randperm(total, generator=generator) for _ in range(rounds)])[:count]
-    return {site.name: values[site.name][order.to(density.device)] for site in density.sites}
+    return {
+        site.name: values[site.name][order.to(values[site.name].device)] for site in density.sites
+    }
 
 
 def _given(density: LogDensity, init: Mapping[str, Any], count: int) -> dict[str, Tensor]:
@@ -71,13 +98,13 @@ def _given(density: LogDensity, init: Mapping[str, Any], count: int) -> dict[str
         raise ValueError(f"init must give values for the sites {names}, got {sorted(init)}")
     values = {}
     for site in density.sites:
-        value = torch.as_tensor(init[site.name], device=density.device, dtype=site.dtype)
+        value = torch.as_tensor(init[site.name]).detach().to(density.device, site.dtype)
         if value.shape == site.shape:
             value = value.expand(count, *site.shape)
         if value.shape != (count, *site.shape):
             raise ValueError(
-                f"init[{site.name!r}] must have shape {tuple(site.shape)} or "
-                f"{(count, *site.shape)}, got {tuple(value.shape)}"
+                f"init[{site.name!r}] must have shape {tuple(site.shape)}, or "
+                f"{(count, *site.shape)} for {count} starts, got {tuple(value.shape)}"
             )
         values[site.name] = value
     return values
@@ -85,28 +112,30 @@ def _given(density: LogDensity, init: Mapping[str, Any], count: int) -> dict[str
 
 def _by_strategy(
     density: LogDensity, strategy: Callable, count: int, generator: torch.Generator
-) -> Tensor:
+) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {site.name: [] for site in density.sites}
     seed = int(torch.randint(2**31, (), generator=generator))
+
+    def of_latents(site: Any) -> Tensor | None:
+        return strategy(site) if site["name"] in rows else None
+
     with (
         seeded(seed, density.device),
-        apart_from_handlers(),
+        poutine.block(),
         private_param_store(),
         data_defaults(density.args, density.kwargs),
         torch.no_grad(),
     ):
         for _ in range(count):
-            with InitMessenger(strategy):
+            with InitMessenger(of_latents):
                 trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
             for name, values in rows.items():
-                values.append(trace.nodes[name]["value"].detach())
-    stacked = {name: torch.stack(values) for name, values in rows.items()}
-    return _apart(density.unconstrain(stacked), generator)
+                values.append(torch.as_tensor(trace.nodes[name]["value"]).detach())
+    for site in density.sites:
+        _check_shape(site.name, rows[site.name][0].shape, site.shape)
+    return {name: torch.stack(values) for name, values in rows.items()}
 
 
-def _apart(particles: Tensor, generator: torch.Generator) -> Tensor:
-    """Move equal rows a little apart: equal particles would stay equal forever."""
-    if len(particles) < 2 or len(particles.unique(dim=0)) == len(particles):
-        return particles
-    noise = torch.randn(particles.shape, generator=generator, dtype=torch.float64).to(particles)
-    return particles + 0.01 * noise
+def _check_shape(site: str, shape: torch.Size, expected: torch.Size) -> None:
+    if shape != expected:
+        raise ValueError(f"init[{site!r}] must have shape {tuple(expected)}, got {tuple(shape)}")

@@ -1,9 +1,10 @@
-"""What every run needs around its mathematics: private random state and parameters, progress, a watch for non-finite values.
+"""What every run needs around its mathematics: random state, parameters, progress, a watch.
 
 Nothing here changes torch's or Pyro's global state for longer than a ``with`` block.
 """
 
 import contextlib
+import operator
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,10 @@ __all__ = [
     "seeded",
 ]
 
+_SUMS_AT_ONCE = 50
 
-def resolve_seed(seed: int | None) -> int:
+
+def resolve_seed(seed: Any) -> int:
     """Return the given seed, or fresh entropy from the operating system.
 
     Raises:
@@ -35,9 +38,14 @@ def resolve_seed(seed: int | None) -> int:
     """
     if seed is None:
         return int.from_bytes(os.urandom(4), "little")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    try:
+        # numpy's whole numbers are numbers too; True is not.
+        whole = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
-    return seed
+    return whole
 
 
 @contextlib.contextmanager
@@ -54,7 +62,10 @@ def seeded(seed: int, device: torch.device | str | None = None) -> Iterator[None
     fork_type = "cuda" if kind.type == "cpu" else kind.type
     try:
         with torch.random.fork_rng(devices=devices, device_type=fork_type):
-            torch.manual_seed(seed)
+            # torch.manual_seed would seed every device, and those not forked would stay so.
+            torch.default_generator.manual_seed(seed)
+            for forked in devices:
+                _seed_accelerator(forked, seed)
             np.random.seed(seed)
             random.seed(seed)
             yield
@@ -106,7 +117,8 @@ class NonFiniteError(FloatingPointError):
 class NonFiniteWatch:
     """Looks for NaN and infinity without a device synchronization at each step.
 
-    Each :meth:`observe` folds what it sees into flags on the device; only :meth:`poll` reads them.
+    Each :meth:`observe` sums what it sees, since a sum is finite where all its terms are; sums are
+    looked through by the dozen, on the device. Only :meth:`poll` reads the result.
 
     Args:
         dim: Width of the scores that are watched.
@@ -116,28 +128,41 @@ class NonFiniteWatch:
     def __init__(self, dim: int, device: torch.device):
         self._first_bad = torch.full((), -1, device=device)
         self._entries = torch.zeros(dim, dtype=torch.bool, device=device)
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def observe(
         self,
         step: int,
         values: Float[Tensor, " evaluation"],
-        scores: Float[Tensor, "evaluation dim"],
+        scores: Float[Tensor, "row dim"],
     ) -> None:
         """Note whether all values and scores are finite at this step."""
-        entries = ~scores.isfinite().all(0)
-        bad = entries.any() | ~values.isfinite().all()
-        first = bad & (self._first_bad < 0)
-        self._first_bad = torch.where(first, step, self._first_bad)
-        self._entries = torch.where(first, entries, self._entries)
+        self._pending.append((step, values.sum(), scores.sum(0)))
+        if len(self._pending) >= _SUMS_AT_ONCE:
+            self._fold()
 
     def poll(self) -> int | None:
         """Return the first bad step, or None; this synchronizes."""
+        self._fold()
         first = int(self._first_bad)
         return None if first < 0 else first
 
     def bad_entries(self) -> Bool[Tensor, " dim"]:
         """Entries of the score that were not finite at the first bad step."""
         return self._entries
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        steps, values, columns = zip(*self._pending, strict=True)
+        self._pending = []
+        finite = torch.stack(columns).isfinite()
+        bad = ~(finite.all(1) & torch.stack(values).isfinite())
+        index = bad.to(torch.uint8).argmax()
+        first = bad.any() & (self._first_bad < 0)
+        step = torch.tensor(steps, device=bad.device)[index]
+        self._first_bad = torch.where(first, step, self._first_bad)
+        self._entries = torch.where(first, ~finite[index], self._entries)
 
 
 class Progress:
@@ -151,22 +176,27 @@ class Progress:
 
     def __init__(self, total: int, label: str, show: bool):
         self._bar = tqdm(total=total, desc=label, disable=not show, dynamic_ncols=True)
-        self._pending = 0
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.update(self._pending)
         self._bar.close()
 
     def advance(self, figures: Callable[[], Mapping[str, float]] | None = None) -> None:
-        """Count one step; where ``figures`` is given, redraw with what it returns."""
-        self._pending += 1
-        if figures is None or self._bar.disable:
-            return
-        self._bar.set_postfix(
-            {name: f"{value:.4g}" for name, value in figures().items()}, refresh=False
-        )
-        self._bar.update(self._pending)
-        self._pending = 0
+        """Count one step; where ``figures`` is given, show what it returns from then on."""
+        if figures is not None and not self._bar.disable:
+            shown = {name: f"{value:.4g}" for name, value in figures().items()}
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        """Count one step that is already done, with its figures."""
+        self.advance(lambda: figures)
+
+
+def _seed_accelerator(device: torch.device, seed: int) -> None:
+    module = torch.get_device_module(device)
+    chosen = contextlib.nullcontext() if device.index is None else module.device(device.index)
+    with chosen:
+        module.manual_seed(seed)

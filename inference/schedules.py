@@ -1,14 +1,17 @@
-"""Learning-rate factors by progress in [0, 1] through a run."""
+"""Factors on a learning rate, or temperatures, by progress in [0, 1] through a run."""
 
 import math
 from collections.abc import Callable
 
-__all__ = ["Schedule", "constant", "cosine_after_half"]
+__all__ = ["Number", "Schedule", "constant", "cosine_after_half"]
+
+# A whole number is a number too, which run-time type checks do not take for a float.
+Number = float | int
 
 Schedule = Callable[[float], float]
 
 
-def constant(progress: float) -> float:
+def constant(progress: float) -> float:  # noqa: ARG001 (a schedule takes it)
     """One throughout."""
     return 1.0
 

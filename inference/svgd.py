@@ -1,93 +1,44 @@
-r"""Stein variational gradient descent: particles pulled by the score, pushed apart by the kernel.
+"""Stein variational gradient descent on a Pyro program, in both readings of the word particle.
 
-.. math:: \phi(x_i) = \frac1M \sum_j \left[ k(x_j, x_i)\, \frac{\nabla \log p(x_j)}{T}
-          + \nabla_{x_j} k(x_j, x_i) \right]
-
-A particle is a copy of all latents (``num_particles``), or one slice of the sites in a plate, such as
-one attention head of one network (``particle_plate``). In the second reading one joint evaluation gives
-every slice its score given the others, and sites outside of the plate are optimized along.
+A particle is a copy of all latents (``num_particles``), or one slice of the sites in a plate, such
+as one attention head of one network (``particle_plate``). In the second reading one joint
+evaluation gives every slice its score given the others, and sites outside of the plate are
+optimized along.
 
 Source:
-    Liu and Wang (2016), Stein variational gradient descent, arXiv:1608.04471, eq. 8.
+    Liu and Wang (2016), Stein variational gradient descent, arXiv:1608.04471.
     Heads as particles: An et al. (2020), Repulsive attention, arXiv:2009.09364.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bayesattn.inference import stein
 from bayesattn.inference.coordinates import Affine, identity, laplace
-from bayesattn.inference.initialization import Init, initial_values
+from bayesattn.inference.initialization import Init, initial_values, set_apart
 from bayesattn.inference.log_density import LogDensity
+from bayesattn.inference.metrics import Metric, MetricChoice, chosen_metric, metric_of
+from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
+from bayesattn.inference.particle_views import ParticleView, PlateParticles, WholeParticles
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import DensityOptions, Optimizer, Routine, StepLoop
-from bayesattn.inference.schedules import Schedule, cosine_after_half
+from bayesattn.inference.routine import (
+    DensityOptions,
+    Routine,
+    check_choice,
+    check_count,
+    check_positive,
+)
+from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
+from bayesattn.inference.stein import SVGDInfo, SVGDState, direction
+from bayesattn.inference.step_loop import StepLoop
 from bayesattn.kernels import IMQ, Kernel
 
 __all__ = ["SVGD", "SVGDInfo", "SVGDState", "direction"]
-
-
-class SVGDState(NamedTuple):
-    """What the next step needs; runs are batched.
-
-    Attributes:
-        working: Particles in working coordinates: those in which distances are measured.
-        outside: Unconstrained values of what is optimized beside the particles; often empty.
-        metric: From working to unconstrained coordinates, one for each run.
-        optimizer: Torch's own, over the two tensors above, which it moves in place.
-        step: Steps done so far.
-    """
-
-    working: Float[Tensor, "run particle dim"]
-    outside: Float[Tensor, "run outside"]
-    metric: Affine
-    optimizer: torch.optim.Optimizer
-    step: int
-
-    @property
-    def particles(self) -> Float[Tensor, "run particle dim"]:
-        """Particles in unconstrained coordinates."""
-        return self.metric.apply(self.working.detach())
-
-
-class SVGDInfo(NamedTuple):
-    """What the reader of a run needs; never read back.
-
-    Attributes:
-        log_density: Mean over evaluations, before the step, in nats.
-        stein_norm: Root mean square over particles of the direction's norm.
-        bandwidth: Of the kernel, in working coordinates.
-        values: Log density of each evaluation.
-        scores: By unconstrained coordinates, of each evaluation.
-    """
-
-    log_density: Float[Tensor, " run"]
-    stein_norm: Float[Tensor, " run"]
-    bandwidth: Float[Tensor, " run"]
-    values: Float[Tensor, " evaluation"]
-    scores: Float[Tensor, "evaluation dim"]
-
-
-def direction(
-    particles: Float[Tensor, "*batch particle dim"],
-    score: Float[Tensor, "*batch particle dim"],
-    kernel: Kernel,
-    temperature: float = 1.0,
-) -> Float[Tensor, "*batch particle dim"]:
-    """Steepest descent of KL from the particles to p^(1/T), in the kernel's function space.
-
-    Args:
-        particles: At least one.
-        score: Gradient of the log density at each particle.
-        kernel: Gives Gram matrix and repulsion.
-        temperature: T; above one the particles spread more.
-    """
-    gram, repulsion = kernel(particles)
-    return (gram @ score / temperature + repulsion) / particles.shape[-2]
 
 
 class SVGD(Routine):
@@ -97,15 +48,16 @@ class SVGD(Routine):
         model: A Pyro program.
         num_particles: Copies of all latents; 100 by default. One particle climbs to a mode (MAP).
         particle_plate: Instead: name of the plate whose slices are the particles of one network.
-        outside: With ``particle_plate``, what sites outside of it do: ``"optimize"`` (climb the joint
-            log density along) or ``"fixed"`` (stay where they start).
+        outside: With ``particle_plate``, what sites outside of it do: ``"optimize"`` (climb the
+            joint log density along) or ``"fixed"`` (stay where they start).
         kernel: In working coordinates; IMQ with the median rule by default.
         optimizer: Makes a torch optimizer of a list of tensors; Adam at 0.1 by default.
         schedule: Factor on the learning rate by progress in [0, 1].
         metric: Working coordinates from the particles' own covariance, every ``metric_every`` steps
-            for the first 70 % of a run, then frozen: ``"full"``, ``"diagonal"`` or ``"none"``; ``"auto"``
-            takes full from four particles a dimension, else diagonal from 20 particles, else none.
-        temperature: T of the target p^(1/T), or a function of progress.
+            for the first 70 % of a run, then frozen: ``"full"``, ``"diagonal"`` or ``"none"``;
+            ``"auto"`` takes full from four particles a dimension on, else diagonal from 20
+            particles on, else none.
+        temperature: T of the target p^(1/T), or a function of progress in [0, 1].
         coordinates: ``"raw"``, or ``"laplace"`` for badly scaled posteriors of some ten dimensions.
         **density: ``compile``, ``chunk_size``, ``stochastic``, ``max_plate_nesting``: see
             :class:`bayesattn.inference.DensitySettings`.
@@ -127,39 +79,40 @@ class SVGD(Routine):
         kernel: Kernel | None = None,
         optimizer: Optimizer | None = None,
         schedule: Schedule = cosine_after_half,
-        metric: Literal["auto", "full", "diagonal", "none"] = "auto",
-        temperature: float | Schedule = 1.0,
+        metric: MetricChoice = "auto",
+        temperature: Number | Schedule = 1.0,
         coordinates: Literal["raw", "laplace"] = "raw",
         **density: Unpack[DensityOptions],
     ):
         super().__init__(model, **density)
-        if num_particles is not None and particle_plate is not None:
+        check_choice("outside", outside, ("optimize", "fixed"))
+        check_choice("metric", metric, ("auto", "full", "diagonal", "none"))
+        check_choice("coordinates", coordinates, ("raw", "laplace"))
+        if not callable(temperature):
+            check_positive("temperature", temperature)
+        if particle_plate is None:
+            if outside != "optimize":
+                raise ValueError(f"outside={outside!r} goes with particle_plate; none was given")
+            num_particles = 100 if num_particles is None else num_particles
+            num_particles = check_count("num_particles", num_particles)
+        elif num_particles is not None:
             raise ValueError(
-                "give num_particles (copies of all latents) or particle_plate (slices of one network), "
-                f"not both: got {num_particles} and {particle_plate!r}"
+                "give num_particles (copies of all latents) or particle_plate (slices of one "
+                f"network), not both: got {num_particles} and {particle_plate!r}"
             )
-        if num_particles is not None and num_particles < 1:
-            raise ValueError(f"SVGD needs at least one particle, got num_particles={num_particles}")
-        if outside not in ("optimize", "fixed"):
-            raise ValueError(f"outside must be 'optimize' or 'fixed', got {outside!r}")
-        if metric not in ("auto", "full", "diagonal", "none"):
-            raise ValueError(f"metric must be 'auto', 'full', 'diagonal' or 'none', got {metric!r}")
-        if coordinates not in ("raw", "laplace"):
-            raise ValueError(f"coordinates must be 'raw' or 'laplace', got {coordinates!r}")
-        if coordinates == "laplace" and particle_plate is not None:
+        elif coordinates == "laplace":
             raise ValueError(
-                "coordinates='laplace' mixes the slices of a plate, so it does not go with particle_plate"
+                "coordinates='laplace' mixes the slices of a plate, so it does not go with "
+                f"particle_plate={particle_plate!r}"
             )
-        if not callable(temperature) and not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.num_particles = 100 if num_particles is None else num_particles
-        self.particle_plate = particle_plate
+        self.num_particles, self.particle_plate = num_particles, particle_plate
         self.outside = outside
         self.kernel = IMQ() if kernel is None else kernel
         self.optimizer = optimizer or functools.partial(torch.optim.Adam, lr=0.1)
+        check_optimizer(self.optimizer)
         self.schedule = schedule
-        self.metric = metric
-        self.temperature = temperature if callable(temperature) else lambda _: temperature
+        self.metric: MetricChoice = metric
+        self.temperature = temperature
         self.coordinates = coordinates
 
     def run(
@@ -178,10 +131,12 @@ class SVGD(Routine):
         Args:
             *args: The program's arguments.
             num_steps: Steps of the optimizer.
-            num_runs: Independent restarts, evaluated together; they become chains.
+            num_runs: Independent restarts, evaluated together on the same minibatches; they become
+                chains.
             seed: Of starts and subsamples; fresh if None, and noted in the posterior.
             progress: Whether to show a progress bar.
-            init: Where to start; see :func:`bayesattn.inference.initial_values`.
+            init: Where to start; see :func:`bayesattn.inference.initial_values`. Particles that
+                would start at one place are moved a little apart.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -189,37 +144,23 @@ class SVGD(Routine):
             Posterior whose draws are particles, or heads of one network a chain.
 
         Raises:
+            ValueError: If the program, its arguments or ``init`` do not fit.
             NonFiniteError: If values or scores stop being finite; what there was is attached.
         """
+        num_runs = check_count("num_runs", num_runs)
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
-        with loop.random_state():
-            density = self.log_density(*args, **kwargs)
-            state, view = self._start(density, num_runs, init, loop.generator)
-            base_rates = [group["lr"] for group in state.optimizer.param_groups]
-
-            def advance(step: int) -> SVGDInfo:
-                nonlocal state
-                done = step / num_steps
-                for group, rate in zip(state.optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = rate * self.schedule(done)
-                if step and step % self.metric_every == 0 and done <= self.metric_until:
-                    state = self._with_new_metric(state)
-                state, info = self.step(state, density, view, loop.generator, done)
-                return info
-
-            def snapshot() -> Tensor:
-                return view.assemble(state.particles, state.outside.detach())
-
-            def figures(info: SVGDInfo) -> dict[str, float]:
-                return {
-                    "log density": float(info.log_density.mean()),
-                    "stein norm": float(info.stein_norm.mean()),
-                }
-
-            def finish(networks: Tensor, curves: dict[str, Tensor], attrs: dict) -> Posterior:
-                return self._posterior(density, view, networks, num_runs, curves, attrs, loop)
-
-            return loop.run(density, advance, snapshot, figures, finish)
+        density = self.log_density(*args, **kwargs)
+        if self.particle_plate is None:
+            view: ParticleView = WholeParticles(num_runs)
+        else:
+            view = PlateParticles.of(density, self.particle_plate)
+        with loop.random_state(density.device):
+            networks, frame = self._starts(density, num_runs, init, loop.generator)
+            particles, outside = view.split(networks)
+            metric = chosen_metric(self.metric, *particles.shape[-2:])
+            apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
+            state = self.init(apart, outside, frame or identity(particles[:, 0]))
+            return loop.run(_Run(self, density, view, state, metric, loop))
 
     def init(
         self,
@@ -232,192 +173,133 @@ class SVGD(Routine):
         Raises:
             ValueError: Without particles.
         """
-        if particles.shape[-2] == 0:
-            raise ValueError("SVGD needs at least one particle, got none")
-        working = metric.invert(particles).detach().clone().requires_grad_()
-        outside = outside.detach().clone().requires_grad_(self.outside == "optimize")
-        moved = [working, outside] if outside.numel() and self.outside == "optimize" else [working]
-        return SVGDState(working, outside, metric, self.optimizer(moved), 0)
+        make = functools.partial(ScheduledOptimizer, self.optimizer, self.schedule)
+        is_moved = self.outside == "optimize"
+        return stein.init(particles, outside, metric, make, move_outside=is_moved)
 
     def step(
         self,
         state: SVGDState,
         density: LogDensity,
-        view: "WholeParticles | PlateParticles",
+        view: ParticleView,
         generator: torch.Generator,
         progress: float = 0.0,
+        bandwidth: Float[Tensor, " run"] | None = None,
     ) -> tuple[SVGDState, SVGDInfo]:
-        """Move every particle once along :func:`direction`, by the optimizer's rule."""
-        networks = view.assemble(state.particles, state.outside.detach())
-        values, scores = density.value_and_score(networks, density.draw_subsample(generator))
-        inside, outside = view.split(scores)
-        working = state.working.detach()
-        phi = direction(
-            working, state.metric.pull_back(inside), self.kernel, self.temperature(progress)
-        )
-        state.working.grad = -phi
-        if state.outside.requires_grad:
-            state.outside.grad = -outside
-        state.optimizer.step()
-        num_runs = len(working)
-        info = SVGDInfo(
-            log_density=values.view(num_runs, -1).mean(-1),
-            stein_norm=phi.square().sum(-1).mean(-1).sqrt(),
-            bandwidth=self.kernel.squared_bandwidth(working).sqrt().expand(num_runs),
-            values=values,
-            scores=scores,
-        )
-        return state._replace(step=state.step + 1), info
-
-    def _start(
-        self, density: LogDensity, num_runs: int, init: Init, generator: torch.Generator
-    ) -> tuple[SVGDState, "WholeParticles | PlateParticles"]:
-        if num_runs < 1:
-            raise ValueError(f"num_runs must be at least one, got {num_runs}")
-        if self.particle_plate is not None:
-            view = PlateParticles(*density.particle_index(self.particle_plate))
-            networks = initial_values(density, num_runs, init, generator)
-        else:
-            view = WholeParticles(num_runs)
-            networks = None
-        if self.coordinates == "laplace":
-            metric = laplace(density, generator=generator)
-        else:
-            metric = identity(torch.zeros(density.dim, device=density.device, dtype=density.dtype))
-        if networks is None and init is None and self.coordinates == "laplace":
-            count = (1, num_runs * self.num_particles, density.dim)
-            noise = torch.randn(count, generator=generator, dtype=torch.float64)
-            networks = metric.apply(noise.to(metric.location))[0]
-        elif networks is None:
-            networks = initial_values(density, num_runs * self.num_particles, init, generator)
-        particles, outside = view.split(networks)
-        if self.particle_plate is not None:
-            metric = identity(torch.zeros_like(particles[:, 0]))
-        else:
-            metric = Affine(*(part.expand(num_runs, *part.shape) for part in metric))
-        return self.init(particles, outside, metric), view
-
-    def _with_new_metric(self, state: SVGDState) -> SVGDState:
-        kind = self._metric_kind(*state.working.shape[-2:])
-        if kind == "none":
-            return state
-        particles = state.particles
-        location = particles.mean(-2)
-        centered = particles - location[..., None, :]
-        count = max(particles.shape[-2] - 1, 1)
-        variance = centered.square().sum(-2) / count
-        floor = torch.finfo(variance.dtype).tiny ** 0.5
-        deviation = variance.clamp(min=floor).sqrt()
-        if kind == "full":
-            unit = centered / deviation[..., None, :]
-            correlation = unit.mT @ unit / count
-            eye = torch.eye(correlation.shape[-1], device=unit.device, dtype=unit.dtype)
-            ridge = 1e-6 if unit.dtype == torch.float64 else 1e-4
-            factor = torch.linalg.cholesky((1 - ridge) * correlation + ridge * eye)
-            metric = Affine(location, deviation[..., :, None] * factor)
-        else:
-            metric = Affine(location, deviation)
-        with torch.no_grad():
-            state.working.copy_(metric.invert(particles))
-        # Momenta belong to the old coordinates.
-        state.optimizer.state.pop(state.working, None)
-        return state._replace(metric=metric)
-
-    def _metric_kind(self, num_particles: int, dim: int) -> str:
-        if self.metric != "auto":
-            return self.metric if num_particles > 1 else "none"
-        if num_particles >= 4 * dim:
-            return "full"
-        return "diagonal" if num_particles >= 20 else "none"
-
-    def _posterior(
-        self,
-        density: LogDensity,
-        view: "WholeParticles | PlateParticles",
-        networks: Tensor,
-        num_runs: int,
-        curves: dict[str, Tensor],
-        attrs: dict[str, Any],
-        loop: StepLoop,
-    ) -> Posterior:
-        subsample = density.draw_subsample(loop.generator)
-        values, scores = density.value_and_score(networks, subsample)
-        particles, _ = view.split(networks)
-        phi = direction(particles, view.split(scores)[0], self.kernel)
-        stats = {"stein_norm": phi.norm(dim=-1)}
-        constrained = density.constrain(networks)
-        if self.particle_plate is None:
-            stats["lp"] = values.view(num_runs, -1)
-            return self.posterior(
-                density,
-                {name: v.unflatten(0, (num_runs, -1)) for name, v in constrained.items()},
-                draws_are="particles",
-                unconstrained=particles,
-                sample_stats=stats,
-                optimization=curves,
-                attrs=attrs,
-            )
-        stats["lp"] = values[:, None].expand(stats["stein_norm"].shape).clone()
-        axes = {
-            site.name: plate.axis
-            for site in density.sites
-            for plate in site.plates
-            if plate.name == self.particle_plate
-        }
-        return self.posterior(
+        """Do :func:`bayesattn.inference.stein.step` with these settings, on fresh subsamples."""
+        return stein.step(
+            state,
             density,
-            {name: constrained[name].movedim(axis + 1, 1) for name, axis in axes.items()},
-            draws_are="heads",
-            unconstrained=particles,
-            sample_stats=stats,
-            optimization=curves,
-            point_estimates={n: v for n, v in constrained.items() if n not in axes},
-            attrs=attrs | {"particle_plate": self.particle_plate, "particle_plate_axes": axes},
+            view,
+            self.kernel,
+            subsample=density.draw_subsample(generator),
+            temperature=self.temperature_at(progress),
+            progress=progress,
+            bandwidth=bandwidth,
         )
 
+    def temperature_at(self, progress: float) -> Number:
+        """T at a progress in [0, 1].
 
-class WholeParticles(NamedTuple):
-    """The reading in which a particle is a copy of all latents.
+        Raises:
+            ValueError: If the function of progress does not give a positive number.
+        """
+        if not callable(self.temperature):
+            return self.temperature
+        temperature = self.temperature(progress)
+        check_positive(f"temperature({progress:.3g})", temperature)
+        return temperature
 
-    Attributes:
-        num_runs: Clouds evaluated together.
-    """
-
-    num_runs: int
-
-    def assemble(
-        self, particles: Float[Tensor, "run particle dim"], outside: Tensor
-    ) -> Float[Tensor, "evaluation all"]:
-        """Unconstrained vectors to evaluate."""
-        return particles.flatten(0, 1)
-
-    def split(self, networks: Float[Tensor, "evaluation all"]) -> tuple[Tensor, Tensor]:
-        """Particles (or their scores), and what is outside of them."""
-        particles = networks.unflatten(0, (self.num_runs, -1))
-        return particles, particles.new_zeros(self.num_runs, 0)
+    def _starts(
+        self, density: LogDensity, num_runs: int, init: Init, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "evaluation all"], Affine | None]:
+        """Unconstrained vectors to start from, and coordinates other than raw."""
+        count = num_runs * (self.num_particles or 1)
+        points = None if init is None else initial_values(density, count, init, generator)
+        if self.coordinates == "raw":
+            points = initial_values(density, count, None, generator) if points is None else points
+            return points, None
+        frame = laplace(density, generator=generator, starts=points)
+        if points is None:
+            noise = torch.randn(count, density.dim, generator=generator, dtype=torch.float64)
+            points = frame.apply(noise.to(frame.location))
+        return points, frame.expand(num_runs)
 
 
-class PlateParticles(NamedTuple):
-    """The reading in which a particle is one slice of a plate of one network.
+class _Run:
+    """The steps of one call of ``run``."""
 
-    Attributes:
-        inside: Entries of the unconstrained vector that belong to each slice.
-        outside: The other entries.
-    """
+    def __init__(
+        self,
+        svgd: SVGD,
+        density: LogDensity,
+        view: ParticleView,
+        state: SVGDState,
+        metric: Metric,
+        loop: StepLoop,
+    ):
+        self.svgd, self.density, self.view, self.loop = svgd, density, view, loop
+        self.state, self.frame = state, state.metric
+        self.metric: Metric = metric
+        self.dim, self.device = density.dim, density.device
+        self._bandwidth: Tensor | None = None
 
-    inside: Int[Tensor, "particle dim"]
-    outside: Int[Tensor, " outside"]
+    def advance(self, step: int) -> SVGDInfo:
+        """Measure the particles anew where it is time, and move them."""
+        svgd, progress = self.svgd, step / self.loop.num_steps
+        if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
+            measured = metric_of(self.state.particles, self.metric, self.frame)
+            self.state = stein.remeasured(self.state, measured)
+        due = step % self.loop.check_every == 0
+        bandwidth = None if due else self._bandwidth
+        self.state, info = svgd.step(
+            self.state, self.density, self.view, self.loop.generator, progress, bandwidth
+        )
+        self._bandwidth = info.bandwidth
+        return info
 
-    def assemble(
-        self, particles: Float[Tensor, "run particle dim"], outside: Float[Tensor, "run outside"]
-    ) -> Float[Tensor, "evaluation all"]:
-        """Unconstrained vectors to evaluate, one a run."""
-        width = self.inside.numel() + self.outside.numel()
-        networks = particles.new_empty(len(particles), width)
-        networks[:, self.inside] = particles
-        networks[:, self.outside] = outside
-        return networks
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Values and scores of the present state."""
+        subsample = self.density.draw_subsample(self.loop.generator)
+        return self.density.value_and_score(self.state.networks(self.view), subsample)
 
-    def split(self, networks: Float[Tensor, "evaluation all"]) -> tuple[Tensor, Tensor]:
-        """Slices (or their scores), and what is outside of them."""
-        return networks[:, self.inside], networks[:, self.outside]
+    def snapshot(self) -> SVGDState:
+        """A copy of the state."""
+        return self.state.copied()
+
+    def figures(self, info: SVGDInfo) -> dict[str, float]:
+        """What the bar shows."""
+        return {
+            "log density": float(info.log_density.mean()),
+            "stein norm": float(info.stein_norm.mean()),
+        }
+
+    def names(self, entries: Bool[Tensor, " dim"]) -> list[str]:
+        """Sites of some entries of the score."""
+        return self.density.site_names(entries)
+
+    def finish(
+        self, snapshot: SVGDState, curves: dict[str, Tensor], attrs: dict[str, Any]
+    ) -> Posterior:
+        """Posterior of a state."""
+        state, density, view = snapshot, self.density, self.view
+        networks = state.networks(view)
+        values, scores = density.value_and_score(
+            networks, density.draw_subsample(self.loop.generator)
+        )
+        phi = direction(
+            state.working,
+            state.metric.pull_back(view.split(scores)[0]),
+            self.svgd.kernel,
+            self.svgd.temperature_at(attrs["num_steps"] / self.loop.num_steps),
+        )
+        fields = view.lay_out(density, networks, values)
+        fields["sample_stats"]["stein_norm"] = phi.norm(dim=-1)
+        fields["attrs"] = fields.get("attrs", {}) | attrs
+        return self.svgd.posterior(
+            density,
+            fields.pop("draws"),
+            unconstrained=state.particles,
+            optimization=curves,
+            **fields,
+        )

@@ -1,0 +1,139 @@
+"""One Markov chain of Pyro's no-U-turn sampler, with what each draw took.
+
+The names of the statistics are those of ArviZ's schema. The energy of a draw is that of the point
+that was accepted, momentum included, so that it is never below the potential there.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.infer
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["STATISTICS", "ChainDraws", "WatchedNUTS", "equally_long", "sample_chain"]
+
+STATISTICS = ("lp", "acceptance_rate", "step_size", "tree_depth", "n_steps", "diverging", "energy")
+
+Tick = Callable[[Mapping[str, float]], None]
+
+
+class ChainDraws(NamedTuple):
+    """What one chain kept.
+
+    Attributes:
+        working: Draws in working coordinates.
+        statistics: One column for each of :data:`STATISTICS`.
+    """
+
+    working: Float[np.ndarray, "draw dim"]
+    statistics: Float[np.ndarray, "draw statistic"]
+
+
+class WatchedNUTS(pyro.infer.NUTS):
+    """Pyro's sampler, counting what each draw took."""
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the next draw."""
+        self._leaves: list[Any] = []
+        self._start_energy: Tensor | None = None
+        return super().sample(params)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Mean acceptance probability over the last draw's trajectory."""
+        total = sum(float(leaf.sum_accept_probs) for leaf in self._leaves)
+        return total / max(len(self._leaves), 1)
+
+    def statistics(self) -> list[float]:
+        """Statistics of the last draw, in the order of :data:`STATISTICS`."""
+        num_steps = len(self._leaves)
+        return [
+            -float(self._potential()),
+            self.acceptance_rate,
+            float(self.step_size),
+            float(math.ceil(math.log2(num_steps + 1))),
+            float(num_steps),
+            float(any(bool(leaf.diverging) for leaf in self._leaves)),
+            self._energy(),
+        ]
+
+    def _energy(self) -> float:
+        """Total energy of the accepted point: a leaf of the tree, or where the draw began."""
+        assert self._start_energy is not None
+        accepted = self._potential()
+        for leaf in self._leaves:
+            if leaf.z_proposal_pe is accepted:
+                # A leaf's weight is how much energy it has lost.
+                return float(self._start_energy - leaf.weight)
+        return float(self._start_energy)
+
+    def _potential(self) -> Tensor:
+        assert self._potential_energy_last is not None
+        return self._potential_energy_last
+
+    def _build_basetree(
+        self, z: Any, r: Any, z_grads: Any, log_slice: Any, direction: Any, energy_current: Any
+    ) -> Any:
+        leaf = super()._build_basetree(z, r, z_grads, log_slice, direction, energy_current)
+        self._start_energy = energy_current
+        self._leaves.append(leaf)
+        return leaf
+
+
+def sample_chain(
+    sampler: WatchedNUTS,
+    start: Float[Tensor, " dim"],
+    warmup_steps: int,
+    num_samples: int,
+    tick: Tick,
+    stop: Callable[[], bool],
+) -> ChainDraws:
+    """Run a sampler whose position has one site, ``"working"``.
+
+    Args:
+        sampler: Not yet set up.
+        start: First position.
+        warmup_steps: Draws thrown away while the sampler adapts.
+        num_samples: Draws kept.
+        tick: Told the figures of each draw.
+        stop: Once it says so, the draws so far are all.
+    """
+    position = {"working": start.clone()}
+    working: list[np.ndarray] = []
+    statistics: list[Sequence[float]] = []
+    # Pyro would read every tensor to validate its own random choices.
+    with pyro.validation_enabled(False), torch.enable_grad():
+        sampler.initial_params = position
+        sampler.setup(warmup_steps)
+        for iteration in range(warmup_steps + num_samples):
+            if stop():
+                break
+            position = sampler.sample(position)
+            if iteration >= warmup_steps:
+                working.append(position["working"].detach().cpu().numpy().copy())
+                statistics.append(sampler.statistics())
+            tick({"step size": float(sampler.step_size), "acceptance": sampler.acceptance_rate})
+    count, dim = len(working), start.shape[-1]
+    return ChainDraws(
+        np.array(working, dtype=np.float64).reshape(count, dim),
+        np.array(statistics, dtype=np.float64).reshape(count, len(STATISTICS)),
+    )
+
+
+def equally_long(chains: Sequence[ChainDraws]) -> list[ChainDraws]:
+    """Of chains of unequal length, those and that length that keep the most draws in all."""
+    lengths = sorted({len(chain.working) for chain in chains})
+    if not lengths:
+        return []
+
+    def kept(length: int) -> int:
+        return length * sum(len(chain.working) >= length for chain in chains)
+
+    length = max(lengths, key=kept)
+    whole = [chain for chain in chains if len(chain.working) >= length > 0]
+    return [ChainDraws(chain.working[:length], chain.statistics[:length]) for chain in whole]

@@ -1,0 +1,212 @@
+"""A loop of steps that shows progress, watches for non-finite values, and can be stopped.
+
+The device is looked at every some steps only. At each look one good snapshot is kept: a state whose
+log density and score were finite.
+"""
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from bayesattn.inference.posterior import Posterior
+from bayesattn.inference.routine import check_count
+from bayesattn.inference.running import (
+    NonFiniteError,
+    NonFiniteWatch,
+    Progress,
+    resolve_seed,
+    seeded,
+)
+
+__all__ = ["StepLoop", "Steps", "interruptible"]
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """What a loop needs of a run.
+
+    Attributes:
+        dim: Width of the scores.
+        device: Where they live.
+    """
+
+    dim: int
+    device: torch.device
+
+    def advance(self, step: int) -> Any:
+        """Do one step, and return its info, a NamedTuple.
+
+        Its fields ``values`` and ``scores``, of the state before the step, are watched; the others,
+        one number a run, become curves.
+        """
+        ...
+
+    def evaluate(self) -> tuple[Tensor, Tensor]:
+        """Values and scores of the present state, without a step."""
+        ...
+
+    def snapshot(self) -> Any:
+        """Copy the present state."""
+        ...
+
+    def figures(self, info: Any) -> Mapping[str, float]:
+        """What the bar shows of an info."""
+        ...
+
+    def finish(self, snapshot: Any, curves: dict[str, Tensor], attrs: dict[str, Any]) -> Posterior:
+        """Make a posterior of a snapshot."""
+        ...
+
+    def names(self, entries: Bool[Tensor, " dim"]) -> list[str]:
+        """Say which sites some entries of the scores belong to."""
+        ...
+
+
+class StepLoop:
+    """Runs steps with a bar, a watch, snapshots and a clean stop.
+
+    Args:
+        label: The routine's name.
+        num_steps: How many steps.
+        seed: Of the run; fresh if None.
+        progress: Whether to show a bar.
+        check_every: Steps between looks at the device.
+
+    Attributes:
+        seed: As resolved.
+        generator: On the CPU, seeded.
+
+    Raises:
+        ValueError: If a number of steps is below one.
+    """
+
+    def __init__(
+        self, label: str, num_steps: int, seed: int | None, progress: bool, check_every: int = 50
+    ):
+        self.num_steps = check_count("num_steps", num_steps)
+        self.check_every = check_count("check_every", check_every)
+        self.label, self.show = label, progress
+        self.seed = resolve_seed(seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        # Another seed, lest the two streams be the same numbers.
+        self._global_seed = int(torch.randint(2**31, (), generator=self.generator))
+
+    def random_state(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Fork and seed global random state for what draws from it."""
+        return seeded(self._global_seed, device)
+
+    def run(self, steps: Steps) -> Posterior:
+        """Do all steps, and finish.
+
+        Raises:
+            NonFiniteError: With the posterior of the last good snapshot.
+        """
+        record = _Record(self, steps)
+        with Progress(self.num_steps, self.label, self.show) as bar, interruptible() as stop:
+            for step in range(self.num_steps):
+                if stop.is_set():
+                    break
+                is_look = (step + 1) % self.check_every == 0 or step + 1 == self.num_steps
+                before = steps.snapshot() if is_look or step == 0 else None
+                info = steps.advance(step)
+                record.note(step, info)
+                bar.advance((lambda info=info: steps.figures(info)) if is_look else None)
+                if is_look or step == 0:
+                    record.keep_if_good(step, before)
+        record.look_at_the_end()
+        attrs: dict[str, Any] = {}
+        if stop.is_set() and record.done < self.num_steps:
+            attrs["interrupted"] = 1
+            warnings.warn(
+                f"{self.label} was interrupted after {record.done} of {self.num_steps} steps; what "
+                "it had is returned",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return record.finished(steps.snapshot(), record.done, **attrs)
+
+
+class _Record:
+    """Curves, the watch and the last good snapshot of one run."""
+
+    def __init__(self, loop: StepLoop, steps: Steps):
+        self.loop, self.steps = loop, steps
+        self.watch = NonFiniteWatch(steps.dim, steps.device)
+        self.curves: dict[str, list[Tensor]] = {}
+        self.done, self.good_step = 0, 0
+        self.good = steps.snapshot()
+        self.start = time.perf_counter()
+
+    def note(self, step: int, info: Any) -> None:
+        """Watch an info and keep its curves."""
+        self.watch.observe(step, info.values, info.scores)
+        for name, value in info._asdict().items():
+            if name not in ("values", "scores"):
+                self.curves.setdefault(name, []).append(value)
+        self.done = step + 1
+
+    def keep_if_good(self, step: int, before: Any) -> None:
+        """Keep the state that this step began from, or raise."""
+        bad = self.watch.poll()
+        if bad is not None:
+            self._refuse(bad)
+        self.good, self.good_step = before, step
+
+    def look_at_the_end(self) -> None:
+        """Raise where the last step led to what no step has evaluated."""
+        self.watch.observe(self.done, *self.steps.evaluate())
+        bad = self.watch.poll()
+        if bad is not None:
+            self._refuse(bad)
+
+    def finished(self, snapshot: Any, num_steps: int, **attrs: Any) -> Posterior:
+        """Posterior of a snapshot, with the curves up to it."""
+        curves = {
+            name: torch.stack(rows[:num_steps], -1)
+            for name, rows in self.curves.items()
+            if num_steps
+        }
+        seconds = time.perf_counter() - self.start
+        about = {"seed": self.loop.seed, "num_steps": num_steps, "seconds": seconds}
+        return self.steps.finish(snapshot, curves, about | attrs)
+
+    def _refuse(self, bad: int) -> None:
+        sites = self.steps.names(self.watch.bad_entries())
+        where = f", first in {', '.join(sites)}" if sites else ""
+        raise NonFiniteError(
+            f"{self.loop.label}: the log density or its score is not finite at step {bad}{where}; "
+            f"what there was at step {self.good_step} is kept in this error's .posterior. A "
+            "smaller learning rate, other starts (init=) or coordinates='laplace' may help",
+            step=bad,
+            sites=sites,
+            posterior=self.finished(self.good, self.good_step),
+        )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a flag that is read between steps; a second one interrupts."""
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    # Handlers can be set in the main thread only, and put back only if Python set them.
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield stop
+        return
+
+    def note(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
