@@ -24,7 +24,7 @@ from bayesattn.inference.learned_parameters import learned_values
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.optimizers import ScheduledOptimizer
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.program import data_defaults
+from bayesattn.inference.quiet import data_defaults
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.step_loop import StepLoop
 

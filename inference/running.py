@@ -83,15 +83,21 @@ def private_param_store(state: Mapping[str, Any] | None = None) -> Iterator[None
             the present store, so that parameters trained before are seen.
     """
     store = pyro.get_param_store()
-    before = store.get_state()
-    start = before if state is None else state
-    store.clear()
-    store.set_state({"params": dict(start["params"]), "constraints": dict(start["constraints"])})
+    tables = ("_params", "_constraints", "_param_to_name")
+    # Not get_state, which takes attributes from the parameters that a running program holds.
+    before = {table: getattr(store, table) for table in tables}
+    start = {
+        "params": before["_params"] if state is None else state["params"],
+        "constraints": before["_constraints"] if state is None else state["constraints"],
+    }
+    for table in tables:
+        setattr(store, table, {})
+    store.set_state({name: dict(table) for name, table in start.items()})  # type: ignore[arg-type]
     try:
         yield
     finally:
-        store.clear()
-        store.set_state(before)
+        for table, value in before.items():
+            setattr(store, table, value)
 
 
 class ConvergenceWarning(UserWarning):
