@@ -1,4 +1,4 @@
-r"""Summing discrete latent sites out of a Pyro trace, exactly, by variable elimination in log space.
+r"""Summing discrete latent sites out of a Pyro trace, exactly, by variable elimination.
 
 .. math:: \log \sum_z \prod_f e^{\ell_f(z)}
 
@@ -7,28 +7,24 @@ Masks act inside the sum on what depends on a discrete site, scales outside of i
 
 Source:
     Obermeyer et al. (2019), Tensor variable elimination for plated factor graphs, arXiv:1902.03210.
-    The algorithm over plates is Pyro's; the sum of products in log space is ours, since Pyro's logarithm
-    has no rule for function transforms.
+    The algorithm over plates is Pyro's.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import opt_einsum
-import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import config_enumerate
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
-from pyro.ops.rings import LogRing
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["enumerated", "log_joint", "log_sum_product", "marked", "pointwise_log_likelihood"]
+from bayesattn.inference.log_space import SafeLogRing
 
-Factors = OrderedDict[frozenset[str], list[Tensor]]
+__all__ = ["enumerated", "log_terms", "marked", "pointwise_log_likelihood"]
 
 
 def enumerated(model: Callable, first_available_dim: int) -> Callable:
@@ -52,8 +48,8 @@ def marked(model: Callable) -> Callable:
     return config_enumerate(model, default="parallel")
 
 
-def log_joint(trace: Any) -> Tensor:
-    """Log joint density of an enumerated trace, its discrete sites summed out, in nats.
+def log_terms(trace: Any) -> list[Tensor]:
+    """Terms whose entries sum to the log joint density of an enumerated trace, in nats.
 
     Args:
         trace: Trace of a program made by :func:`enumerated`.
@@ -62,11 +58,11 @@ def log_joint(trace: Any) -> Tensor:
         ValueError: If sites that depend on one discrete site have different scales.
     """
     plain, components = _components(trace)
-    total = sum(site["log_prob"].sum() for site in plain)
+    terms = [site["log_prob"] for site in plain]
     for factors, dims, scale in components:
-        summed = contract_tensor_tree(factors, dims, ring=_ClampedLogRing())
-        total = total + scale * sum(term.sum() for terms in summed.values() for term in terms)
-    return total
+        summed = contract_tensor_tree(factors, dims, ring=SafeLogRing())
+        terms += [scale * term for group in summed.values() for term in group]
+    return terms
 
 
 def pointwise_log_likelihood(trace: Any, observed: tuple[str, ...]) -> dict[str, Tensor]:
@@ -88,7 +84,7 @@ def pointwise_log_likelihood(trace: Any, observed: tuple[str, ...]) -> dict[str,
         if name in plain_names:
             value = site["packed"]["unscaled_log_prob"]
             value = packed.scale_and_mask(value, mask=site["packed"]["mask"])
-            result[name] = _unpack(value, _ordinal(trace, site), trace, site)
+            result[name] = _unpack(value, trace, site)
             continue
         factors, dims, _ = next(c for c in components if c[0] and name in c[0].names)
         others = [other for other in factors.names if other != name and other in observed]
@@ -96,36 +92,15 @@ def pointwise_log_likelihood(trace: Any, observed: tuple[str, ...]) -> dict[str,
         coupled = [o for o in factors if not ordinal <= o]
         if others or coupled:
             raise ValueError(
-                f"observed site {name!r} is coupled to {others or 'its own other elements'} through a "
-                "discrete site outside of its plates, so it has no pointwise log likelihood; "
-                "score the joint log density instead"
+                f"observed site {name!r} is coupled to {others or 'its own other elements'} "
+                "through a discrete site outside of its plates, so it has no pointwise log "
+                "likelihood; score the joint log density instead"
             )
         value = contract_to_tensor(
-            OrderedDict(factors), dims, target_ordinal=ordinal, ring=_ClampedLogRing()
+            OrderedDict(factors), dims, target_ordinal=ordinal, ring=SafeLogRing()
         )
-        result[name] = _unpack(value, ordinal, trace, site)
+        result[name] = _unpack(value, trace, site)
     return result
-
-
-def log_sum_product(equation: str, *terms: Tensor) -> Tensor:
-    """Sum of products in log space: ``logsumexp`` over the dropped axes of the sum of all terms.
-
-    Args:
-        equation: As of :func:`torch.einsum`, without ellipsis or repeated letters in a term.
-        *terms: Log factors; minus infinity is allowed, and has zero gradient.
-    """
-    inputs, output = equation.split("->")
-    names = inputs.split(",")
-    path = [(0,)] if len(terms) == 1 else _path(equation, terms)
-    operands = list(zip(names, terms, strict=True))
-    for step, chosen in enumerate(path):
-        picked = [operands.pop(index) for index in sorted(chosen, reverse=True)]
-        needed = set(output).union(*(name for name, _ in operands))
-        letters = sorted(set().union(*(name for name, _ in picked)))
-        keep = [letter for letter in letters if letter in needed]
-        last = step == len(path) - 1
-        operands.append(_contract_pair(picked, letters, list(output) if last else keep))
-    return operands[0][1]
 
 
 class _Enumeration(EnumMessenger):
@@ -142,17 +117,6 @@ class _Enumeration(EnumMessenger):
             for dim, identity in dims.items()
             if value.dim() - event_dim >= -dim and value.shape[dim - event_dim] > 1
         }
-
-
-class _ClampedLogRing(LogRing):
-    """Pyro's log ring with a sum of products that vmap, autograd and recording can pass through."""
-
-    def sumproduct(self, terms: list[Tensor], dims: Any) -> Tensor:
-        inputs = [term._pyro_dims for term in terms]
-        output = "".join(sorted(set("".join(inputs)) - set(dims)))
-        term = log_sum_product(f"{','.join(inputs)}->{output}", *terms)
-        term._pyro_dims = output
-        return term
 
 
 class _NamedFactors(OrderedDict):
@@ -202,8 +166,8 @@ def _factors_of(
         same = len(set(scales)) == 1
     if not same:
         raise ValueError(
-            f"sites {factors.names} share a discrete site but have different scales {scales}; a scale "
-            "acts outside of the sum over a discrete site, so all of them need the same"
+            f"sites {factors.names} share a discrete site but have different scales {scales}; a "
+            "scale acts outside of the sum over a discrete site, so all of them need the same"
         )
     return factors, dims, scales[0]
 
@@ -214,7 +178,7 @@ def _ordinal(trace: Any, site: Any) -> frozenset[str]:
     )
 
 
-def _unpack(value: Tensor, ordinal: frozenset[str], trace: Any, site: Any) -> Tensor:
+def _unpack(value: Any, trace: Any, site: Any) -> Tensor:
     """Lay a packed tensor out over the site's plates, in the order of the site's own axes."""
     frames = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
     symbols = [trace.plate_to_symbol[frame.name] for frame in frames]
@@ -225,34 +189,3 @@ def _unpack(value: Tensor, ordinal: frozenset[str], trace: Any, site: Any) -> Te
             value = value.unsqueeze(axis)
         value = value.expand(*value.shape[:axis], frame.size, *value.shape[axis + 1 :])
     return value
-
-
-def _path(equation: str, terms: tuple[Tensor, ...]) -> list[tuple[int, ...]]:
-    shapes = [tuple(term.shape) for term in terms]
-    return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")[0]
-
-
-def _contract_pair(
-    picked: list[tuple[str, Tensor]], letters: list[str], keep: list[str]
-) -> tuple[str, Tensor]:
-    total: Any = 0.0
-    for name, term in picked:
-        present = [letter for letter in letters if letter in name]
-        term = term.permute([name.index(letter) for letter in present])
-        for axis, letter in enumerate(letters):
-            if letter not in name:
-                term = term.unsqueeze(axis)
-        total = total + term
-    dropped = [axis for axis, letter in enumerate(letters) if letter not in keep]
-    if dropped:
-        total = _logsumexp(total, dropped)
-    left = [letter for letter in letters if letter in keep]
-    return "".join(keep), total.permute([left.index(letter) for letter in keep])
-
-
-def _logsumexp(values: Tensor, axes: list[int]) -> Tensor:
-    """Log-sum-exp whose gradient is zero, not NaN, where all entries are minus infinity."""
-    limits = torch.finfo(values.dtype)
-    shift = values.detach().amax(axes, keepdim=True).clamp(min=limits.min)
-    total = (values - shift).exp().sum(axes)
-    return total.clamp(min=limits.tiny).log() + shift.reshape(total.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.program import data_defaults
+from bayesattn.inference.quiet import data_defaults
 from bayesattn.inference.running import private_param_store, seeded
 
 __all__ = ["Init", "initial_values", "set_apart"]

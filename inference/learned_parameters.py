@@ -16,12 +16,9 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.program import (
-    data_defaults,
-    module_tensors,
-    modules_of,
-    substituted_tensors,
-)
+from bayesattn.inference.module_state import module_tensors, substituted_tensors
+from bayesattn.inference.quiet import data_defaults
+from bayesattn.inference.reach import modules_of
 from bayesattn.inference.running import private_param_store, seeded
 
 __all__ = ["copied_guide", "learned_names", "learned_values", "private_parameters"]
@@ -102,4 +99,4 @@ def _declared(density: LogDensity) -> dict[str, Tensor]:
     ):
         density.model(*density.args, **density.kwargs)
     values: dict[str, Any] = {name: node["value"] for name, node in trace.trace.nodes.items()}
-    return {name: value for name, value in values.items() if value.requires_grad}
+    return {n: value for n, value in values.items() if value.unconstrained().requires_grad}

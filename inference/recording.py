@@ -4,10 +4,10 @@ The function runs with fake tensors, so recording costs no memory of the data's 
 decision on a tensor's value is met and refused rather than silently frozen into the graph.
 """
 
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
@@ -19,46 +19,78 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["GraphCache", "RandomOperationWatch", "RecordingError", "leaf_key", "record"]
+from bayesattn.inference.simplification import simplify
 
-_PASS_THROUGH = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+__all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
 
 
 class RecordingError(ValueError):
     """A model does what a static graph cannot hold."""
 
 
-class GraphCache:
-    """Recorded graphs by everything that a recording bakes in.
+class RecordedGraph:
+    """A recorded function, called like the function itself.
 
     Attributes:
-        graphs: Key to graph.
+        module: The graph and its constants.
+    """
+
+    def __init__(self, module: GraphModule, pinned: Sequence[Tensor]):
+        self.module = module
+        # Bound once: a module's call machinery costs as much as some operations.
+        self._forward = module.forward
+        self._pinned = [(tensor, tensor._version) for tensor in pinned if not tensor.is_inference()]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Replay on inputs of the recorded shapes, strides, dtypes and devices."""
+        return self._forward(*inputs)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no tensor whose values are baked in has been written since."""
+        return all(tensor._version == version for tensor, version in self._pinned)
+
+
+class GraphCache:
+    """Recorded graphs by everything that a recording bakes in; the least used are dropped.
+
+    Args:
+        max_graphs: Most graphs kept.
+
+    Attributes:
+        graphs: Key to graph, the last used at the end.
         num_recordings: How many recordings were made so far.
     """
 
-    def __init__(self) -> None:
-        self.graphs: dict[Hashable, Callable[..., Any]] = {}
+    def __init__(self, max_graphs: int = 64):
+        self.graphs: OrderedDict[Hashable, RecordedGraph] = OrderedDict()
         self.num_recordings = 0
-        self._kept: list[Any] = []
+        self._max_graphs = max_graphs
+        self._tokens: dict[Hashable, int] = {}
 
-    def get(
-        self, key: Hashable, make: Callable[[], Callable[..., Any]], *, keep: Any = None
-    ) -> Callable[..., Any]:
+    def token(self, constants: Hashable) -> int:
+        """Return a number that stands for the given constants in keys, equal for equal ones."""
+        return self._tokens.setdefault(constants, len(self._tokens))
+
+    def get(self, key: Hashable, make: Callable[[], RecordedGraph]) -> RecordedGraph:
         """Return the graph under this key, made now if there is none.
 
         Args:
-            key: Everything that the recording depends on, inputs' values apart.
+            key: Everything that the recording depends on, inputs' values apart; it keeps alive
+                what it names by identity.
             make: Records the graph.
-            keep: Objects named in the key by ``id``, kept alive so that no other takes that ``id``.
         """
-        if key not in self.graphs:
-            self.graphs[key] = make()
+        graph = self.graphs.get(key)
+        if graph is None or not graph.is_current:
+            graph = self.graphs[key] = make()
             self.num_recordings += 1
-            self._kept.append(keep)
-        return self.graphs[key]
+        self.graphs.move_to_end(key)
+        if len(self.graphs) > self._max_graphs:
+            self.graphs.popitem(last=False)
+        return graph
 
 
-def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> GraphModule:
+def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> RecordedGraph:
     """Record a function of tensors as a graph of tensor operations.
 
     Args:
@@ -66,69 +98,67 @@ def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> GraphMod
         inputs: Example inputs; only shapes, strides, dtypes and devices matter.
 
     Raises:
-        RecordingError: If the function reads a tensor's value in Python.
+        RecordingError: If the function reads a tensor's value in Python, writes into a tensor that
+            the transforms do not let it write, or else does what cannot be traced.
     """
     try:
-        graph = _trace(function, inputs)
-    except DataDependentOutputException as error:
-        raise RecordingError(f"it reads a tensor's value in Python ({error.func})") from error
-    except RuntimeError as error:
-        reason = str(error)
-        if "data-dependent" in reason or ".item()" in reason:
-            raise RecordingError("it reads a tensor's value in Python") from error
-        if "random operation" in reason:
-            raise RecordingError("it draws random numbers outside of pyro.sample") from error
+        module, pinned = _trace(function, inputs)
+    except RecordingError:
         raise
-    _simplify(graph)
-    return graph
+    except Exception as error:
+        raise RecordingError(_reason(error)) from error
+    simplify(module)
+    for node in module.graph.nodes:
+        node.meta.clear()
+    return RecordedGraph(module, pinned)
 
 
-def leaf_key(value: Any) -> Hashable:
-    """Say what a recording bakes in of one argument: a tensor's layout, another value itself."""
-    if isinstance(value, Tensor):
-        return (value.dtype, tuple(value.shape), value.stride(), str(value.device))
-    if isinstance(value, np.ndarray):
-        return (value.dtype.str, value.shape, value.tobytes())
-    if isinstance(value, bool | int | float | complex | str | bytes | type(None)):
-        return (type(value), value)
-    return (type(value), id(value))
+def tensor_layout(tensor: Tensor) -> Hashable:
+    """Say what a recording bakes in of an input."""
+    return (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
-class RandomOperationWatch(TorchDispatchMode):
-    """Collects the names of operations that draw random numbers.
-
-    Attributes:
-        operations: Their names, in order, each once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; note its name if torch tags it as seeded."""
-        name = str(func).rsplit(".", 1)[0]
-        if torch.Tag.nondeterministic_seeded in func.tags and name not in self.operations:
-            self.operations.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def _trace(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> GraphModule:
+def _trace(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> tuple[GraphModule, list[Tensor]]:
     """Trace with fake tensors, or with real ones where the function selects by a constant mask.
 
-    A selection's size is unknown to fake tensors. It is safe to bake in only if no input decides it.
+    A selection's size is unknown to fake tensors. It is safe to bake in if no input decides it and
+    no tensor that is met on the way is written later; those are returned too.
     """
     try:
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
     except (DynamicOutputShapeException, GuardOnDataDependentSymNode):
-        graph = make_fx(function, tracing_mode="real")(*inputs)
+        reads = _ScalarReads()
+        module = make_fx(reads.around(function), tracing_mode="real")(*inputs)
     depends: set[Node] = set()
-    for node in graph.graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "placeholder" or depends.intersection(node.all_input_nodes):
             depends.add(node)
         if depends.intersection(_selectors(node)):
             raise RecordingError("it selects by a mask whose number of entries depends on the data")
-    return graph
+    constants = module.graph.find_nodes(op="get_attr")
+    return module, [*(getattr(module, node.target) for node in constants), *reads.tensors]
+
+
+class _ScalarReads(TorchDispatchMode):
+    """Collects the tensors that are read in Python, which with real tensors is not refused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.tensors.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*inputs: Tensor) -> Any:
+            with self:
+                return function(*inputs)
+
+        return watched
 
 
 def _selectors(node: Node) -> list[Node]:
@@ -141,27 +171,16 @@ def _selectors(node: Node) -> list[Node]:
     return [index for index in indices if index.meta["val"].dtype in (torch.bool, torch.uint8)]
 
 
-def _simplify(graph: GraphModule) -> None:
-    """Drop dead operations, and copies that only gradient tracking needed."""
-    for node in list(graph.graph.nodes):
-        if node.target in _PASS_THROUGH or _is_needless_copy(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def _is_needless_copy(node: Node) -> bool:
-    if node.target is not torch.ops.aten.lift_fresh_copy.default:
-        return False
-    return not any(_may_write(user) for user in node.users)
-
-
-def _may_write(node: Node, depth: int = 4) -> bool:
-    """Whether an operation writes to its input, itself or through a view of it."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
-        return node.op != "output"
-    if any(ret.alias_info is not None for ret in schema.returns):
-        return depth == 0 or any(_may_write(user, depth - 1) for user in node.users)
-    return False
+def _reason(error: Exception) -> str:
+    """Say in the caller's words why a trace failed."""
+    text = str(error)
+    if isinstance(error, DataDependentOutputException):
+        return f"it reads a tensor's value in Python ({error.func})"
+    if "data-dependent" in text or ".item()" in text or "SymInt" in text:
+        return "it reads a tensor's value in Python"
+    if "random operation" in text:
+        return "it draws random numbers outside of pyro.sample"
+    if "inplace" in text or "in-place" in text:
+        return "it writes into a tensor in place what depends on latent values"
+    first_line = text.strip().split("\n")[0]
+    return f"it does what cannot be traced ({type(error).__name__}: {first_line})"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from bayesattn.inference.arguments import describe_arguments, named_arguments
 from bayesattn.inference.discrete_draws import draw_discrete
 from bayesattn.inference.handlers import (
     FreshDraws,
@@ -26,9 +27,9 @@ from bayesattn.inference.handlers import (
     first_line,
     full_plates,
 )
-from bayesattn.inference.program import describe_arguments, quiet_pyro
+from bayesattn.inference.quiet import quiet_pyro
 from bayesattn.inference.running import resolve_seed, seeded
-from bayesattn.inference.sites import Site, named_arguments, read_sites
+from bayesattn.inference.sites import Site, read_sites
 
 __all__ = ["Replay"]
 

@@ -1,16 +1,12 @@
-"""What a Pyro program shows of itself in one run: its sample sites, and its arguments by name."""
+"""What a Pyro program shows of itself in one run: its sample sites."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor
 
-from bayesattn.inference.program import describe_arguments
-
-__all__ = ["Site", "named_arguments", "read_sites"]
+__all__ = ["Site", "read_sites"]
 
 
 class Site(NamedTuple):
@@ -69,34 +65,6 @@ def read_sites(nodes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
         for name, node in nodes.items()
         if node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
     }
-
-
-def named_arguments(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments by the names of the program's parameters.
-
-    Raises:
-        ValueError: If the program does not take them, or a tensor among them is empty.
-    """
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"the model does not take the {describe_arguments(args, kwargs)}: {error}"
-        ) from error
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({f"{name}_{index}": entry for index, entry in enumerate(value)})
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    for name, value in named.items():
-        if isinstance(value, Tensor) and value.numel() == 0:
-            raise ValueError(f"argument {name!r} is empty: its shape is {tuple(value.shape)}")
-    return named
 
 
 def _read_site(name: str, node: Any, is_given: bool) -> Site:

@@ -1,0 +1,138 @@
+"""The first run of a Pyro program: outside of any transform, at a draw from its prior.
+
+It lets lazy modules find their shapes, shows the program's sites, and meets what the program must
+not do before it is done: no data, module or outer variable is written.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import ImproperUniform
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import NonlocalExit
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from bayesattn.inference.arguments import describe_arguments, named_arguments
+from bayesattn.inference.module_state import module_tensors
+from bayesattn.inference.quiet import apart_from_handlers, data_defaults
+from bayesattn.inference.reach import Reach, modules_of
+from bayesattn.inference.running import private_param_store, seeded
+from bayesattn.inference.watches import OperationWatch, WriteRefusedError
+
+__all__ = ["FirstRun", "first_run", "protected_tensors", "unwrapped"]
+
+_ATTEMPTS = 3
+
+
+class FirstRun(NamedTuple):
+    """What a program did.
+
+    Attributes:
+        nodes: Of the Pyro trace.
+        parameters: ``pyro.param`` sites that belong to no module in reach: name to value.
+    """
+
+    nodes: Mapping[str, Any]
+    parameters: dict[str, Tensor]
+
+
+def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstRun:
+    """Run the program at a draw from its prior, at another one where the first is out of range."""
+    failure: tuple[str, Exception] | None = None
+    protected = protected_tensors(model, args, kwargs)
+    for seed in range(_ATTEMPTS):
+        watch = _LastSite()
+        with (
+            seeded(seed),
+            apart_from_handlers(),
+            private_param_store(),
+            data_defaults(args, kwargs),
+            torch.no_grad(),
+        ):
+            try:
+                with watch, _FeasibleValues(), OperationWatch(protected):
+                    trace = poutine.trace(model).get_trace(*args, **kwargs)
+                return FirstRun(trace.nodes, _free_parameters(trace, model, args, kwargs))
+            except NonlocalExit:
+                raise
+            except WriteRefusedError as error:
+                # Less the table of shapes that Pyro appends.
+                raise WriteRefusedError(str(error).split("\n")[0]) from error
+            except Exception as error:
+                failure = failure or (watch.name, error)
+                # Distributions and factorizations may refuse a draw; nothing else is an accident.
+                if not isinstance(error, ValueError | LinAlgError):
+                    break
+    assert failure is not None
+    name, error = failure
+    raise ValueError(
+        f"the model failed at or after {name} when run on {describe_arguments(args, kwargs)}: "
+        f"{type(error).__name__}: {error}"
+    ) from error
+
+
+def protected_tensors(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors that a program must not write, by what to call them: data, modules', variables."""
+    tensors = {
+        f"the outer tensor {name!r}": tensor
+        for name, tensor in Reach(model, args, kwargs).named_tensors().items()
+        if not is_lazy(tensor)
+    }
+    for name, value in named_arguments(model, args, kwargs).items():
+        for position, leaf in enumerate(tree_leaves(value)):
+            if isinstance(leaf, Tensor):
+                inside = "" if leaf is value else f", tensor {position}"
+                tensors[f"the argument {name!r}{inside}"] = leaf
+    return tensors
+
+
+def unwrapped(distribution: Any) -> Any:
+    """Return the distribution below reinterpreted axes, masks and expansions."""
+    while isinstance(distribution, Independent | MaskedDistribution | ExpandedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+class _LastSite(Messenger):
+    """Remembers the last site, to say where a program failed."""
+
+    name = "the first site"
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["name"] is not None:
+            self.name = f"site {msg['name']!r}"
+
+
+class _FeasibleValues(Messenger):
+    """Gives sites whose distribution cannot be sampled some value of their support."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or not isinstance(unwrapped(msg["fn"]), ImproperUniform):
+            return
+        transform = biject_to(msg["fn"].support)
+        shape = transform.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)
+        msg["value"], msg["done"] = transform(torch.zeros(shape)), True
+
+
+def _free_parameters(
+    trace: Any, model: Callable, args: tuple, kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Values of parameters that belong to no module, whole where a plate subsamples them."""
+    known = {id(tensor) for tensor in module_tensors(modules_of(model, args, kwargs)).values()}
+    store, free = pyro.get_param_store(), {}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param":
+            value = store.get_param(name) if name in store else site["value"]
+            origin = getattr(value, "unconstrained", lambda value=value: value)()
+            if id(origin) not in known:
+                free[name] = value.detach()
+    return free

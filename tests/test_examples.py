@@ -1,0 +1,33 @@
+"""The examples run as a reader runs them, and leave what they promise."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_layout import ROOT
+
+
+@pytest.mark.slow
+def test_quickstart_writes_its_pictures_and_posteriors(tmp_path):
+    script = ROOT / "examples" / "quickstart.py"
+    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {
+        "attention_bars",
+        "attention_heatmap",
+        "optimization",
+        "reliability",
+        "scores",
+    }
+    posteriors = {path.stem for path in tmp_path.glob("*.nc")}
+    assert posteriors == {"nuts", "svgd_heads", "svgd_particles", "svi_normal"}
+    scored = [
+        line for line in result.stdout.splitlines() if line.startswith(("NUTS", "SVGD", "SVI"))
+    ]
+    accuracies = [float(line.split("±")[0].split()[-1]) for line in scored]
+    # Guessing is right in one of seven.
+    assert len(accuracies) == 4
+    assert min(accuracies) > 0.8, result.stdout
