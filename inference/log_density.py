@@ -263,10 +263,8 @@ class LogDensity:
                     "for example from draw_subsample()"
                 )
             if given[name].shape != (count,):
-                raise ValueError(
-                    f"subsample[{name!r}] must have {count} indices, got the shape "
-                    f"{tuple(given[name].shape)}"
-                )
+                got = given[name].numel() if given[name].ndim == 1 else tuple(given[name].shape)
+                raise ValueError(f"subsample[{name!r}] must have {count} indices, got {got}")
         unknown = sorted(set(given) - set(self.program.subsamples))
         if unknown:
             known = sorted(self.program.subsamples) or "none"

@@ -51,13 +51,8 @@ _NEUTRAL = {
 def simplify(graph: GraphModule) -> None:
     """Precompute literals, drop what does nothing, merge equal operations; all in place.
 
-    What is written in place, draws random numbers, or shares memory with a result is left as it is;
-    so is a graph with sizes that depend on the data, on which no comparison may decide.
+    What is written in place, draws random numbers, or shares memory with a result is left as it is.
     """
-    if _has_symbols(graph):
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return
     literals = _literals(graph)
     for node in list(graph.graph.nodes):
         if node.target in _PASS_THROUGH:
@@ -154,8 +149,8 @@ def _value_of(
     known: dict[Node, Tensor],
 ) -> Tensor | None:
     """Value of a node that no input of the graph decides, or None."""
-    shape = node.meta.get("val")
-    if not isinstance(shape, Tensor) or not memory.is_pure(node):
+    shape: Any = node.meta.get("val")
+    if not _is_static(shape) or not memory.is_pure(node):
         return None
     if node in literals:
         return getattr(graph, node.args[0].target)  # type: ignore[union-attr]
@@ -196,11 +191,10 @@ def _same_value(node: Node) -> Node | None:
         if commutes and _is_filled(left, neutral) and isinstance(right, Node):
             return right
     if node.target is _aten.sum.dim_IntList:
-        summed = node.args[0]
-        assert isinstance(summed, Node)
-        single = summed.meta["val"].numel() == node.meta["val"].numel()
-        if single and summed.target is _aten.unsqueeze.default:
-            return summed.args[0]  # type: ignore[return-value]
+        summed: Any = node.args[0]
+        if summed.target is _aten.unsqueeze.default and _is_static(summed.meta["val"]):
+            entries = summed.meta["val"].numel()
+            return summed.args[0] if entries == node.meta["val"].numel() else None
     return None
 
 
@@ -233,16 +227,18 @@ def _is_filled(value: Any, number: int) -> bool:
 
 
 def _have_one_layout(node: Node, source: Node) -> bool:
-    one, other = node.meta.get("val"), source.meta.get("val")
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+    one: Any = node.meta.get("val")
+    other: Any = source.meta.get("val")
+    if not _is_static(one) or not _is_static(other):
         return False
     return (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
 
 
-def _has_symbols(graph: GraphModule) -> bool:
-    values = [node.meta.get("val") for node in graph.graph.nodes]
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
-    return not all(isinstance(size, int) for size in sizes)
+def _is_static(value: Any) -> bool:
+    """Whether a recorded value is a tensor whose shape no data decide."""
+    return isinstance(value, Tensor) and all(
+        isinstance(size, int) for size in (*value.shape, *value.stride())
+    )
 
 
 def _output(graph: GraphModule) -> Node:

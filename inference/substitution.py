@@ -97,7 +97,12 @@ def joint_trace(bound: Bound, program: Program, run: Substitution) -> Any:
         model = enumeration.enumerated(model, program.event_start)
     with run:
         trace = poutine.trace(model).get_trace(*bound.args, **bound.kwargs)
-    trace.compute_log_prob()
+    try:
+        trace.compute_log_prob()
+    except Exception:
+        met = (name for name, site in trace.nodes.items() if site["type"] == "sample")
+        run.last_site = next((n for n in met if "log_prob" not in trace.nodes[n]), run.last_site)
+        raise
     return trace
 
 
