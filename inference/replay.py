@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -27,7 +27,9 @@ from bayesattn.inference.handlers import (
     first_line,
     full_plates,
 )
+from bayesattn.inference.module_state import module_tensors, substituted_tensors
 from bayesattn.inference.quiet import quiet_pyro
+from bayesattn.inference.reach import modules_of
 from bayesattn.inference.running import resolve_seed, seeded
 from bayesattn.inference.sites import Site, read_sites
 
@@ -78,6 +80,8 @@ class Replay:
         self._model, self._args, self._kwargs = model, args, kwargs
         self._values, self._num_rows = dict(values), num_rows
         self._seed = resolve_seed(seed)
+        self._modules = modules_of(model, args, kwargs)
+        self._owned: dict[str, int] = {}
         self._parameters: dict[str, Tensor] = {}
         self.sites = self._first_run()
         entries = sum(math.prod(site.shape) for site in self.sites.values())
@@ -188,7 +192,13 @@ class Replay:
         resample: Collection[str] = (),
         handler: Callable[[Callable], Callable] = lambda model: model,
     ) -> Any:
-        with FreshDraws(), GivenValues(values, resample, {**self._parameters, **values}):
+        # A module uses its own tensors, whatever pyro.param says, so they give way themselves.
+        tensors = {self._owned[name]: values[name] for name in self._owned.keys() & values.keys()}
+        with (
+            substituted_tensors(self._modules, tensors),
+            FreshDraws(),
+            GivenValues(values, resample, {**self._parameters, **values}),
+        ):
             return poutine.trace(handler(self._model)).get_trace(*self._args, **self._kwargs)
 
     def _first_run(self) -> dict[str, Site]:
@@ -207,6 +217,7 @@ class Replay:
         self._parameters = {
             name: node["value"] for name, node in nodes.items() if node["type"] == "param"
         }
+        self._owned = _owned_parameters(nodes, module_tensors(self._modules).values())
         missing = [name for name in first if name not in nodes]
         if missing:
             raise ValueError(
@@ -214,3 +225,14 @@ class Replay:
                 f"arguments; it visits {[name for name in nodes if not name.startswith('_')]}"
             )
         return read_sites(nodes, first)
+
+
+def _owned_parameters(nodes: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, int]:
+    """Name of each parameter site that is a module's own tensor, to that tensor's ``id``."""
+    known = {id(tensor) for tensor in tensors}
+    given = {
+        name: node["args"][1]
+        for name, node in nodes.items()
+        if node["type"] == "param" and len(node["args"]) > 1
+    }
+    return {name: id(tensor) for name, tensor in given.items() if id(tensor) in known}
