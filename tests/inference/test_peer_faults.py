@@ -15,9 +15,10 @@ import torch
 from scipy.special import digamma, polygamma
 from torch import Tensor
 
+from bayesattn.inference import NUTS, SVGD
 from bayesattn.inference.coordinates import identity
-from bayesattn.inference.nuts import NUTS
-from bayesattn.inference.svgd import SVGD, WholeParticles, direction
+from bayesattn.inference.particle_views import WholeParticles
+from bayesattn.inference.stein import direction
 from bayesattn.kernels import IMQ, RBF
 from tests.validation.scores import effective_sample_size
 

@@ -5,17 +5,12 @@ gates are known to close: before training they are missed, and so they are in ra
 badly scaled posterior.
 """
 
-import functools
 from typing import Literal
 
 import pytest
-import torch
 from torch import Tensor
 
-from bayesattn.inference.nuts import NUTS
-from bayesattn.inference.running import ConvergenceWarning
-from bayesattn.inference.svgd import SVGD
-from bayesattn.inference.svi import SVI
+from bayesattn.inference import NUTS, SVGD, SVI, ConvergenceWarning
 from tests.validation.references import (
     NAMES,
     ReferencePosterior,
@@ -152,13 +147,7 @@ def svi_shift(
 ) -> float:
     """The largest error of a mean under mean-field variational inference."""
     reference = load(name)
-    svi = SVI(
-        reference.model,
-        guide="normal",
-        coordinates=coordinates,
-        num_elbo_particles=10,
-        optimizer=functools.partial(torch.optim.Adam, lr=0.05),
-    )
+    svi = SVI(reference.model, coordinates=coordinates, num_elbo_particles=10)
     posterior = svi.run(
         *reference.data, num_steps=num_steps, num_samples=10_000, seed=0, progress=False
     )
@@ -176,7 +165,7 @@ CURVED = ("eight_schools", "kilpisjarvi", "mesquite")
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in CURVED)) for name in NAMES]
 )
 def test_svi_passes_its_gate(name):
-    assert svi_shift(name, 1500) <= svi_bound(name)
+    assert svi_shift(name, 1000) <= svi_bound(name)
 
 
 @pytest.mark.parametrize("name", CURVED)
@@ -186,4 +175,4 @@ def test_untrained_guide_misses_the_gate_of_svi(name):
 
 
 def test_svi_in_raw_coordinates_misses_its_gate():
-    assert svi_shift("kilpisjarvi", 1500, coordinates="raw") > 1
+    assert svi_shift("kilpisjarvi", 1000, coordinates="raw") > 1
