@@ -121,3 +121,14 @@ def normal_log_density(values, scale):
         -(x**2) / (2 * scale**2) - math.log(scale) - math.log(2 * math.pi) / 2
         for x in np.ravel(values)
     )
+
+
+def stein_direction(kernel, particles, scores, temperature=1.0):
+    """phi_i = 1/M sum_j [k(x_j, x_i) s_j / T + grad_{x_j} k(x_j, x_i)]."""
+    count = len(particles)
+    result = kernel_repulsion(kernel, particles) / count
+    for i in range(count):
+        for j in range(count):
+            weight = float(kernel(torch.tensor(particles[j]), torch.tensor(particles[i])))
+            result[i] += weight * scores[j] / (temperature * count)
+    return result
