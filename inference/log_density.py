@@ -219,7 +219,7 @@ class LogDensity:
             if axis is None:
                 outside.append(index.flatten())
             else:
-                inside.append(index.movedim(axis, 0).flatten(1))
+                inside.append(index.movedim(axis, 0).reshape(index.shape[axis], -1))
         if not inside:
             known = sorted({p.name for site in self.sites for p in site.plates})
             raise ValueError(
