@@ -16,11 +16,12 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacrev, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesattn.inference.arguments import Bound
 from bayesattn.inference.fingerprints import Same, fingerprint
+from bayesattn.inference.particle_functions import KINDS
 from bayesattn.inference.program import Program
 from bayesattn.inference.quiet import quiet_pyro
 from bayesattn.inference.reach import Reach
@@ -183,7 +184,7 @@ class Evaluator:
         note: Callable[[Substitution], None] = lambda run: None,
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Return the pure function of all inputs that a kind of evaluation is."""
-        program, single = self._program, _KINDS[kind]
+        program, single = self._program, KINDS[kind]
 
         def function(rows: Tensor, *rest: Tensor, vectorize: Any = vmap) -> tuple[Tensor, ...]:
             inputs = iter(rest)
@@ -228,46 +229,6 @@ def current_parameters(program: Program) -> dict[str, Tensor]:
         name: store.get_param(name).detach() if name in store else value
         for name, value in program.parameters.items()
     }
-
-
-def _value_and_score(joint: Callable, _: Program, row: Tensor) -> tuple[Tensor, ...]:
-    score, value = grad_and_value(lambda particle: joint(unconstrained=particle)[0])(row)
-    return value, score
-
-
-def _hessian(joint: Callable, _: Program, row: Tensor) -> tuple[Tensor, ...]:
-    def score(particle: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        first, value = grad_and_value(lambda particle: joint(unconstrained=particle)[0])(particle)
-        return first, (value, first)
-
-    second, (value, first) = jacrev(score, has_aux=True)(row)
-    return value, first, second
-
-
-def _constrain(joint: Callable, program: Program, row: Tensor) -> tuple[Tensor, ...]:
-    _, run = joint(unconstrained=row)
-    determinant = sum(run.log_determinants, row.new_zeros(()))
-    # A value may be a view of the row, which the caller may go on to move.
-    return determinant, *(run.values[site.name].clone() for site in program.latents)
-
-
-def _unconstrain(joint: Callable, program: Program, row: Tensor) -> tuple[Tensor, ...]:
-    parts = row.split([site.shape.numel() for site in program.latents])
-    values = {
-        site.name: part.reshape(site.shape).to(site.dtype)
-        for site, part in zip(program.latents, parts, strict=True)
-    }
-    _, run = joint(constrained=values)
-    images = [run.images[site.name].flatten().to(program.dtype) for site in program.latents]
-    return (torch.cat(images),)
-
-
-_KINDS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "value_and_score": _value_and_score,
-    "hessian": _hessian,
-    "constrain": _constrain,
-    "unconstrain": _unconstrain,
-}
 
 
 def _unbatched(single: Callable) -> Callable:

@@ -179,7 +179,9 @@ class LogDensity:
                     f"values[{site.name!r}] must have shape (particle, "
                     f"{', '.join(map(str, site.shape))}), got {tuple(value.shape)}"
                 )
-            columns.append(value.to(self.device, self.dtype).reshape(len(value), -1))
+            columns.append(
+                value.to(self.device, self.dtype).reshape(len(value), site.shape.numel())
+            )
         if len({len(column) for column in columns}) > 1:
             counts = {name: len(values[name]) for name in names}
             raise ValueError(f"values must have equally many particles of each site, got {counts}")

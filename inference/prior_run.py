@@ -15,6 +15,7 @@ from pyro.distributions.torch import Independent
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -30,8 +31,6 @@ from bayesattn.inference.watches import OperationWatch, WriteRefusedError
 
 __all__ = ["FirstRun", "first_run", "protected_tensors", "unwrapped"]
 
-_ATTEMPTS = 3
-
 
 class FirstRun(NamedTuple):
     """What a program did.
@@ -46,10 +45,10 @@ class FirstRun(NamedTuple):
 
 
 def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstRun:
-    """Run the program at a draw from its prior, at another one where the first is out of range."""
+    """Run the program at a draw from its prior; where it fails at two, at the supports' origin."""
     failure: tuple[str, Exception] | None = None
     protected = protected_tensors(model, args, kwargs)
-    for seed in range(_ATTEMPTS):
+    for seed, at_origin in enumerate((False, False, True)):
         watch = _LastSite()
         with (
             seeded(seed),
@@ -59,7 +58,7 @@ def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstR
             torch.no_grad(),
         ):
             try:
-                with watch, _FeasibleValues(), OperationWatch(protected):
+                with watch, _FeasibleValues(at_origin), OperationWatch(protected):
                     trace = poutine.trace(model).get_trace(*args, **kwargs)
                 return FirstRun(trace.nodes, _free_parameters(trace, model, args, kwargs))
             except NonlocalExit:
@@ -113,10 +112,19 @@ class _LastSite(Messenger):
 
 
 class _FeasibleValues(Messenger):
-    """Gives sites whose distribution cannot be sampled some value of their support."""
+    """Gives latent sites, or only those that cannot be sampled, the origin of their support."""
+
+    def __init__(self, everywhere: bool):
+        super().__init__()
+        self._everywhere = everywhere
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or not isinstance(unwrapped(msg["fn"]), ImproperUniform):
+        distribution = unwrapped(msg["fn"])
+        if msg["is_observed"] or isinstance(distribution, _Subsample):
+            return
+        if not self._everywhere and not isinstance(distribution, ImproperUniform):
+            return
+        if getattr(distribution, "has_enumerate_support", False):
             return
         transform = biject_to(msg["fn"].support)
         shape = transform.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)

@@ -166,9 +166,15 @@ def _is_discrete(site: Any) -> bool:
 
 def _refuse_unsupported_discrete(sites: Mapping[str, Any]) -> None:
     for name, site in sites.items():
-        if not site["fn"].has_enumerate_support:
+        inner = unwrapped(site["fn"])
+        if inner.has_enumerate_support and not site["fn"].has_enumerate_support:
             raise ValueError(
-                f"discrete site {name!r} is a {type(unwrapped(site['fn'])).__name__}, whose "
+                f"discrete site {name!r} gathers its elements by to_event, so that they cannot be "
+                "summed out one by one; put them in a plate"
+            )
+        if not inner.has_enumerate_support:
+            raise ValueError(
+                f"discrete site {name!r} is a {type(inner).__name__}, whose "
                 "support cannot be enumerated, so it cannot be summed out; marginalize it by hand "
                 "or observe it"
             )

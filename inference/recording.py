@@ -4,8 +4,10 @@ The function runs with fake tensors, so recording costs no memory of the data's 
 decision on a tensor's value is met and refused rather than silently frozen into the graph.
 """
 
+import contextlib
+import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bayesattn.inference.simplification import simplify
 
 __all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
+
+
+# Where torch tells of what it cannot trace, which is our error to raise.
+_FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class RecordingError(ValueError):
@@ -108,9 +114,7 @@ def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Recorded
     except Exception as error:
         raise RecordingError(_reason(error)) from error
     simplify(module)
-    for node in module.graph.nodes:
-        node.meta.clear()
-    return RecordedGraph(module, pinned)
+    return RecordedGraph(_without_tracers(module), pinned)
 
 
 def tensor_layout(tensor: Tensor) -> Hashable:
@@ -127,7 +131,8 @@ def _trace(
     no tensor that is met on the way is written later; those are returned too.
     """
     try:
-        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
+        with _silent(_FAKE_TENSOR_LOG):
+            return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
     except (DynamicOutputShapeException, GuardOnDataDependentSymNode):
         reads = _ScalarReads()
         module = make_fx(reads.around(function), tracing_mode="real")(*inputs)
@@ -139,6 +144,16 @@ def _trace(
             raise RecordingError("it selects by a mask whose number of entries depends on the data")
     constants = module.graph.find_nodes(op="get_attr")
     return module, [*(getattr(module, node.target) for node in constants), *reads.tensors]
+
+
+def _without_tracers(module: GraphModule) -> GraphModule:
+    """Put a copy in the place of the graph, which remembers what the trace was made of."""
+    copy = Graph()
+    copy.output(copy.graph_copy(module.graph, {}))
+    for node in copy.nodes:
+        node.meta.clear()
+    module.graph = copy
+    return module
 
 
 class _ScalarReads(TorchDispatchMode):
@@ -161,6 +176,15 @@ class _ScalarReads(TorchDispatchMode):
         return watched
 
 
+@contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _selectors(node: Node) -> list[Node]:
     """Inputs of an operation whose values, not only shapes, decide the shape of its result."""
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
@@ -180,7 +204,7 @@ def _reason(error: Exception) -> str:
         return "it reads a tensor's value in Python"
     if "random operation" in text:
         return "it draws random numbers outside of pyro.sample"
-    if "inplace" in text or "in-place" in text:
-        return "it writes into a tensor in place what depends on latent values"
+    if any(word in text for word in ("inplace", "in-place", "match the broadcast shape")):
+        return "it, or a module in it, writes what depends on latent values into a tensor in place"
     first_line = text.strip().split("\n")[0]
     return f"it does what cannot be traced ({type(error).__name__}: {first_line})"

@@ -6,6 +6,7 @@ where each latent site's value :math:`x` comes from its slice of :math:`u` by th
 support that the site has *in that run*, so that supports may depend on other latents.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,10 @@ class Substitution(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] in self._parameters:
-            msg["value"], msg["done"] = self._parameters[msg["name"]], True
+            value: Any = self._parameters[msg["name"]]
+            # Subsampling plates ask a parameter for the value that an optimizer would move.
+            value.unconstrained = weakref.ref(value)
+            msg["value"], msg["done"] = value, True
 
 
 def joint_trace(bound: Bound, program: Program, run: Substitution) -> Any:
