@@ -22,7 +22,9 @@ from bayesattn.inference.module_state import module_tensors, places, replaced
 
 __all__ = ["Reach", "modules_of"]
 
+# How many steps from variable to variable are followed.
 _DEEPEST = 4
+_LONGEST_CONTAINER = 2**12
 _FOREIGN = frozenset({"torch", "pyro", "numpy", "scipy"}) | sys.stdlib_module_names - {"__main__"}
 # What torch and Pyro keep in a module's dictionary for themselves.
 _INTERNAL = frozenset(vars(torch.nn.Module())) | {"_pyro_context", "_pyro_name"}
@@ -165,8 +167,9 @@ class _Walk:
             for part in value.modules():
                 self._visit_class(type(part), depth)
         elif isinstance(value, dict | list | tuple | set | frozenset):
-            for entry in value.values() if isinstance(value, dict) else value:
-                self._visit(name, entry, depth + 1)
+            if len(value) <= _LONGEST_CONTAINER:
+                for entry in value.values() if isinstance(value, dict) else value:
+                    self._visit(name, entry, depth)
         elif isinstance(value, functools.partial):
             self._visit(name, (value.func, value.args, value.keywords), depth)
         elif isinstance(value, MethodType):
