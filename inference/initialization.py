@@ -49,13 +49,10 @@ def initial_values(
             "init must be a Posterior, a mapping from sites to values, one of Pyro's init_to_* or "
             f"None, got {type(init).__name__}"
         )
-    particles = density.unconstrain(values)
-    bad = density.site_names(~particles.isfinite().all(0))
-    if bad:
-        raise ValueError(
-            f"init has values outside of the support of the sites {bad}, or at its end"
-        )
-    return particles
+    try:
+        return density.unconstrain(values)
+    except ValueError as error:
+        raise ValueError(f"init does not fit the model: {error}") from error
 
 
 def set_apart(
@@ -117,7 +114,11 @@ def _by_strategy(
     seed = int(torch.randint(2**31, (), generator=generator))
 
     def of_latents(site: Any) -> Tensor | None:
-        return strategy(site) if site["name"] in rows else None
+        if site["name"] not in rows:
+            return None
+        value = torch.as_tensor(strategy(site))
+        _check_shape(site["name"], value.shape, site["fn"].shape())
+        return value
 
     with (
         seeded(seed, density.device),
@@ -130,9 +131,7 @@ def _by_strategy(
             with InitMessenger(of_latents):
                 trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
             for name, values in rows.items():
-                values.append(torch.as_tensor(trace.nodes[name]["value"]).detach())
-    for site in density.sites:
-        _check_shape(site.name, rows[site.name][0].shape, site.shape)
+                values.append(trace.nodes[name]["value"].detach())
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
