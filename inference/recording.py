@@ -113,6 +113,7 @@ def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Recorded
         raise
     except Exception as error:
         raise RecordingError(_reason(error)) from error
+    _pin_defaults(module)
     simplify(module)
     return RecordedGraph(_without_tracers(module), pinned)
 
@@ -120,6 +121,17 @@ def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Recorded
 def tensor_layout(tensor: Tensor) -> Hashable:
     """Say what a recording bakes in of an input."""
     return (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+def _pin_defaults(module: GraphModule) -> None:
+    """Write out the dtypes that factories took from torch's default, which may be another later."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, Tensor):
+            continue
+        takes_dtype = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+        if takes_dtype and not node.all_input_nodes and node.kwargs.get("dtype") is None:
+            node.kwargs = {**node.kwargs, "dtype": value.dtype}
 
 
 def _trace(
