@@ -5,6 +5,7 @@ the user's, point estimates and programs with parameters to learn need the progr
 """
 
 import abc
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +111,9 @@ class GuideFit(abc.ABC):
             pyro.validation_enabled(False),
             data_defaults(self.density.args, self.density.kwargs),
             torch.enable_grad(),
+            warnings.catch_warnings(),
         ):
+            warnings.filterwarnings("ignore", message="Encountered ")
             with poutine.trace(param_only=True) as met:
                 loss = self.elbo.differentiable_loss(
                     self.model, self.guide, *self.args, **self.kwargs

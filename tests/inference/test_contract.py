@@ -33,6 +33,7 @@ def network(features, response=None):
     hidden = pyro.deterministic("hidden", torch.tanh(features @ query.mT) * scale)
     with pyro.plate("row", len(features)):
         pyro.sample("response", dist.Normal(hidden @ readout, 0.5), obs=response)
+    return readout
 
 
 def own_guide(features, response=None):
@@ -211,8 +212,6 @@ def test_runs_side_by_side_do_not_meet(name):
 @every_routine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_draws_have_the_width_of_the_data(name, dtype):
-    if dtype == torch.bfloat16 and "SVI" in name and name != "SVI":
-        pytest.skip("Pyro's guides over the program's sites draw in the program's own width")
     posterior = run(name, *data(dtype))
     assert posterior.unconstrained.dtype == torch.float32
     assert all(v.isfinite().all() for v in posterior.draws.values())
@@ -291,22 +290,19 @@ def test_a_score_that_fails_is_named(name):
     """Its value is finite, so that only the score tells; NUTS finds no start at all."""
 
     def failing(features, response=None):
-        network(features, response)
-        bad = pyro.sample("bad", dist.Normal(0.0, 1.0))
+        readout = network(features, response)
         # The square root of zero: finite, with a slope that is not.
-        pyro.factor("kink", (bad - bad.detach()).square().sqrt())
+        pyro.factor("kink", (readout - readout.detach()).square().sum().sqrt())
 
     row = ROUTINES[name]
     of = row.make(failing)
-    if "own guide" in name:
-        pytest.skip("the guide has no such site")
     error = ValueError if name == "NUTS" else NonFiniteError
-    message = r"finite log density|not finite at step 0, first in .*bad"
+    message = r"finite log density|not finite at step 0, first in .*readout"
     with pytest.raises(error, match=message) as caught:
         run(name, of=of)
     if isinstance(caught.value, NonFiniteError):
         assert caught.value.step == 0
-        assert any("bad" in site for site in caught.value.sites)
+        assert any("readout" in site for site in caught.value.sites)
         assert all(v.isfinite().all() for v in caught.value.posterior.draws.values())
 
 
@@ -327,7 +323,7 @@ def test_bad_input_is_refused(name):
         run(name, features[:0], response[:0])
     with pytest.raises(ValueError, match="site 'response' on arguments"):
         run(name, features, response[:5])
-    with pytest.raises(ValueError, match=r"the model failed.*colour"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'colour'"):
         run(name, features, response, colour="red")
     with pytest.raises(ValueError, match="seed must be an integer"):
         run(name, seed=-1)
