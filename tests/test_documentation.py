@@ -50,6 +50,8 @@ def test_reader_of_blocks() -> None:
 
 
 @pytest.mark.slow
+# README's chains are short, so that it runs in a minute; NUTS rightly says so.
+@pytest.mark.filterwarnings("ignore:NUTS")
 def test_readme_runs(as_a_reader_runs_it: None) -> None:
     namespace = {"__name__": "readme"}
     for block in python_blocks((ROOT / "README.md").read_text()):
