@@ -243,7 +243,7 @@ class LogDensity:
         if len(rows) == 0:
             raise ValueError("at least one particle is needed, got none")
         # One layout of memory, so that no other one asks for a recording of its own.
-        rows = rows.detach().to(self.device, self.dtype).contiguous()
+        rows = rows.detach().to(self.device, self.dtype).contiguous().view(-1).view(rows.shape)
         seed = self._fresh_seed()
         size = self.settings.chunk_size or len(rows)
         if size >= len(rows):

@@ -17,12 +17,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.arguments import describe_arguments, named_arguments
+from bayesattn.inference.bijections import bijection
 from bayesattn.inference.module_state import module_tensors
 from bayesattn.inference.quiet import apart_from_handlers, data_defaults
 from bayesattn.inference.reach import Reach, modules_of
@@ -81,10 +81,14 @@ def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstR
 
 def protected_tensors(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that a program must not write, by what to call them: data, modules', variables."""
+    reach = Reach(model, args, kwargs)
+    # A module that waits for its shapes writes all that it holds once it knows them.
+    held = ([*part._parameters.values(), *part._buffers.values()] for part in reach.parts)
+    unmade = {id(t) for own in held if any(map(is_lazy, own)) for t in own}
     tensors = {
         f"the outer tensor {name!r}": tensor
-        for name, tensor in Reach(model, args, kwargs).named_tensors().items()
-        if not is_lazy(tensor)
+        for name, tensor in reach.named_tensors().items()
+        if id(tensor) not in unmade
     }
     for name, value in named_arguments(model, args, kwargs).items():
         for position, leaf in enumerate(tree_leaves(value)):
@@ -126,7 +130,7 @@ class _FeasibleValues(Messenger):
             return
         if getattr(distribution, "has_enumerate_support", False):
             return
-        transform = biject_to(msg["fn"].support)
+        transform = bijection(msg["fn"].support)
         shape = transform.inverse_shape(msg["fn"].batch_shape + msg["fn"].event_shape)
         msg["value"], msg["done"] = transform(torch.zeros(shape)), True
 

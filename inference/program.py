@@ -9,9 +9,9 @@ from pyro.distributions import Delta
 from pyro.distributions.unit import Unit
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from bayesattn.inference.bijections import bijection
 from bayesattn.inference.prior_run import first_run, unwrapped
 
 __all__ = ["Latent", "Plate", "Program", "read_program"]
@@ -191,7 +191,8 @@ def _lay_out(sites: Mapping[str, Any]) -> tuple[Latent, ...]:
     for name, site in sites.items():
         _refuse_unsupported_latent(name, site)
         value, batch_ndim = site["value"], len(site["fn"].batch_shape)
-        image = biject_to(site["fn"].support).inv(value)
+        transform: Any = bijection(site["fn"].support)
+        image = transform.inv(value)
         frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
         plates = sorted((batch_ndim + frame.dim, frame.name) for frame in frames)
         latents.append(
@@ -225,7 +226,7 @@ def _refuse_unsupported_latent(name: str, site: Any) -> None:
         )
     support = getattr(distribution, "support", None)
     try:
-        biject_to(site["fn"].support)
+        bijection(site["fn"].support)
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(
             f"latent site {name!r} ({type(distribution).__name__}) has the support {support}, onto "

@@ -123,17 +123,6 @@ def tensor_layout(tensor: Tensor) -> Hashable:
     return (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
 
 
-def _pin_defaults(module: GraphModule) -> None:
-    """Write out the dtypes that factories took from torch's default, which may be another later."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(node.target, torch._ops.OpOverload) or not isinstance(value, Tensor):
-            continue
-        takes_dtype = any(argument.name == "dtype" for argument in node.target._schema.arguments)
-        if takes_dtype and not node.all_input_nodes and node.kwargs.get("dtype") is None:
-            node.kwargs = {**node.kwargs, "dtype": value.dtype}
-
-
 def _trace(
     function: Callable[..., Any], inputs: tuple[Tensor, ...]
 ) -> tuple[GraphModule, list[Tensor]]:
@@ -156,6 +145,19 @@ def _trace(
             raise RecordingError("it selects by a mask whose number of entries depends on the data")
     constants = module.graph.find_nodes(op="get_attr")
     return module, [*(getattr(module, node.target) for node in constants), *reads.tensors]
+
+
+def _pin_defaults(module: GraphModule) -> None:
+    """Write out the dtype and device of what is made from nothing, which may be other ones later."""
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or any("Tensor" in str(argument.type) for argument in schema.arguments):
+            continue
+        made = node.meta.get("val")
+        if isinstance(made, Tensor):
+            known = {argument.name for argument in schema.arguments}
+            fixed = {"dtype": made.dtype, "device": made.device}
+            node.kwargs = node.kwargs | {key: fixed[key] for key in known.intersection(fixed)}
 
 
 def _without_tracers(module: GraphModule) -> GraphModule:

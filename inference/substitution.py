@@ -15,10 +15,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from bayesattn.inference import enumeration
 from bayesattn.inference.arguments import Bound
+from bayesattn.inference.bijections import bijection
 from bayesattn.inference.program import Program
 
 __all__ = ["Substitution", "joint_trace", "log_joint"]
@@ -70,7 +71,7 @@ class Substitution(Messenger):
         site = self._latents.get(msg["name"])
         if site is None or msg["is_observed"]:
             return
-        transform = biject_to(msg["fn"].support)
+        transform: Any = bijection(msg["fn"].support)
         if self._unconstrained is None:
             value = self._constrained[site.name]
             image = transform.inv(value)

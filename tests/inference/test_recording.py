@@ -123,3 +123,12 @@ def test_a_layout_is_what_a_recording_bakes_in():
     assert layout == tensor_layout(X + 1.0)
     others = [X[:1], X.T, X.float(), X[None], X.to("meta"), torch.stack([X, X], -1)[..., 0]]
     assert all(tensor_layout(other) != layout for other in others)
+
+
+def test_what_is_made_from_nothing_keeps_its_dtype():
+    torch.set_default_dtype(torch.float32)
+    graph = record(lambda x: (x + torch.ones(2), torch.arange(2), torch.rand(2) + x), (X.float(),))
+    torch.set_default_dtype(torch.float64)
+    with torch.random.fork_rng():
+        one, count, drawn = graph(X.float())
+    assert (one.dtype, count.dtype, drawn.dtype) == (torch.float32, torch.int64, torch.float32)
