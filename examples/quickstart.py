@@ -128,6 +128,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    # The matrices are small, and NUTS runs its chains in processes of their own.
+    torch.set_num_threads(1)
     start = time.perf_counter()
     train, test = datasets.snips()
     print(f"Training on {train}\n  testing on {test}")
