@@ -131,7 +131,9 @@ def _by_strategy(
             with InitMessenger(of_latents):
                 trace = poutine.trace(density.model).get_trace(*density.args, **density.kwargs)
             for name, values in rows.items():
-                values.append(trace.nodes[name]["value"].detach())
+                value = trace.nodes[name]["value"]
+                assert value is not None
+                values.append(value.detach())
     return {name: torch.stack(values) for name, values in rows.items()}
 
 

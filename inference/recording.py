@@ -148,7 +148,7 @@ def _trace(
 
 
 def _pin_defaults(module: GraphModule) -> None:
-    """Write out the dtype and device of what is made from nothing, which may be other ones later."""
+    """Write out dtype and device of what is made from nothing: defaults may be others later."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or any("Tensor" in str(argument.type) for argument in schema.arguments):

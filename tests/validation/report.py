@@ -50,7 +50,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("always", ConvergenceWarning)
     start = time.perf_counter()
-    print("| posterior | SVGD, 600 steps | SVGD, 1800 steps | SVI mean-field, 1000 steps of 10 draws | NUTS |")
+    svi = "SVI mean-field, 1000 steps of 10 draws"
+    print(f"| posterior | SVGD, 600 steps | SVGD, 1800 steps | {svi} | NUTS |")
     print("|---|---|---|---|---|")
     for name in NAMES:
         print(f"| {' | '.join(row(name, options.seeds))} |", flush=True)
