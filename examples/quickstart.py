@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pyro
 import pyro.distributions as dist
+import torch
 
 import bayesattn as ba
 from bayesattn import calibration, datasets, plots
