@@ -19,12 +19,14 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from bayesattn.inference.guide_fits import GUIDES, DensityFit, GuideFit, ProgramFit, SVIInfo
+from bayesattn.inference.density_fit import DensityFit
+from bayesattn.inference.guide_fits import GUIDES, GuideFit, SVIInfo
 from bayesattn.inference.initialization import Init
 from bayesattn.inference.learned_parameters import copied_guide, learned_names, private_parameters
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
 from bayesattn.inference.posterior import Posterior
+from bayesattn.inference.program_fit import ProgramFit
 from bayesattn.inference.routine import (
     DensityOptions,
     Routine,

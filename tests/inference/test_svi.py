@@ -76,7 +76,7 @@ def test_mean_field_has_the_inverse_of_the_precision_diagonal(coordinates):
 @pytest.mark.parametrize("guide", ["multivariate_normal", "low_rank"])
 def test_guides_with_covariance_are_exact_for_a_gaussian(guide):
     svi = SVI(gaussian, guide=guide, num_elbo_particles=10)
-    posterior = run(svi, num_samples=NUM_DRAWS, num_steps=1000)
+    posterior = run(svi, num_samples=NUM_DRAWS, num_steps=600)
     mean, covariance = moments(posterior)
     sd = COVARIANCE.diagonal().sqrt()
     assert ((mean - MEAN) / sd).abs().max() < SHIFT
@@ -89,13 +89,14 @@ def test_guides_with_covariance_are_exact_for_a_gaussian(guide):
 def test_elbo_bounds_the_evidence_and_meets_it_where_the_guide_is_exact(generator):
     data = torch.randn(7, generator=generator)
     exact = log_evidence(data)
-    posterior = run(SVI(conjugate, num_elbo_particles=50), data, num_steps=400)
+    posterior = run(SVI(conjugate, num_elbo_particles=20), data, num_steps=300)
     elbo = posterior.optimization["elbo"][0]
     assert elbo[:100].mean() < exact
-    assert elbo[-50:].mean().item() == pytest.approx(exact, abs=0.01)
+    assert elbo[-50:].mean().item() == pytest.approx(exact, abs=0.02)
     # With an exact guide lp - log_q is the log evidence at every draw, so that k-hat is small.
     ratio = posterior.sample_stats["lp"] - posterior.sample_stats["log_q"]
-    torch.testing.assert_close(ratio, torch.full_like(ratio, exact), rtol=0, atol=0.1)
+    assert ratio.mean().item() == pytest.approx(exact, abs=0.02)
+    assert ratio.std() < 0.05
     assert (posterior.summary(sites=["mean"])["pareto_k"] < 0.7).all()
 
 
@@ -108,7 +109,7 @@ def test_log_q_is_the_density_of_the_draws_on_the_real_line(guide):
         pyro.factor("evidence", torch.tensor(math.log(5.0)))
 
     chosen = guide(program) if isinstance(guide, type) else guide
-    posterior = run(SVI(program, guide=chosen, num_elbo_particles=5), num_samples=NUM_DRAWS)
+    posterior = run(SVI(program, guide=chosen), num_steps=200, num_samples=1000)
     ratio = posterior.sample_stats["lp"][0] - posterior.sample_stats["log_q"][0]
     assert ratio.exp().mean().item() == pytest.approx(5.0, rel=0.05)
 
@@ -137,7 +138,7 @@ def test_delta_is_the_penalized_optimum(generator):
         with pyro.plate("row", len(response)):
             pyro.sample("response", dist.Normal(features @ weight, scale), obs=response)
 
-    posterior = run(SVI(ridge, guide="delta"), features, response, num_steps=800)
+    posterior = run(SVI(ridge, guide="delta"), features, response, num_steps=500)
     assert posterior.draws_are == "point"
     weight, scale = posterior.draws["weight"][0, 0], posterior.draws["scale"][0, 0]
     penalty = (scale / 0.5) ** 2 * torch.eye(3)
@@ -163,7 +164,8 @@ def test_minibatches_meet_the_full_posterior(generator):
 
     sd = 1 / math.sqrt(501)
     for options, bound in [({}, 0.2), ({"batch": 50}, 0.5)]:
-        posterior = run(SVI(program), data, num_steps=700, **options)
+        svi = SVI(program, num_elbo_particles=10)
+        posterior = run(svi, data, num_steps=500, **options)
         draws = posterior.draws["mean"]
         assert abs(draws.mean().item() - data.sum().item() / 501) < bound * sd
         assert draws.std().item() == pytest.approx(sd, rel=0.25)
@@ -185,7 +187,7 @@ def test_discrete_sites_are_summed_out(guide, generator):
     if isinstance(guide, type):
         marked = pyro.poutine.block(pyro.infer.config_enumerate(mixture), hide=["kind"])
         chosen = guide(marked)
-    posterior = run(SVI(mixture, guide=chosen), data, num_steps=300)
+    posterior = run(SVI(mixture, guide=chosen), data, num_steps=200)
     # Beta(2 + 10, 2 + 30), and its mode.
     expected = 11 / 42 if guide == "delta" else 12 / 44
     assert posterior.draws["weight"].mean().item() == pytest.approx(expected, abs=0.02)
@@ -203,7 +205,7 @@ def own_guide(data):
 def test_a_guide_of_ones_own_is_fitted(generator):
     data = torch.randn(7, generator=generator)
     variance = 1 / (1 + 7 / 4)
-    posterior = run(SVI(conjugate, guide=own_guide, num_elbo_particles=5), data, num_steps=500)
+    posterior = run(SVI(conjugate, guide=own_guide, num_elbo_particles=3), data, num_steps=300)
     draws = posterior.draws["mean"]
     expected = variance * data.sum().item() / 4
     assert draws.mean().item() == pytest.approx(expected, abs=0.2 * variance**0.5)
@@ -221,7 +223,8 @@ def test_a_guide_that_is_a_module_stays_as_it_is(kind, generator, param_store):
         guide(data)
     before = {name: value.detach().clone() for name, value in guide.named_parameters()}
     svi = SVI(conjugate, guide=guide)
-    first, again = run(svi, data, num_runs=2), run(svi, data, num_runs=2)
+    lengths = {"num_runs": 2, "num_steps": 20, "num_samples": 5}
+    first, again = run(svi, data, **lengths), run(svi, data, **lengths)
     assert torch.equal(first.draws["mean"], again.draws["mean"])
     for name, value in guide.named_parameters():
         assert torch.equal(value, before[name])
@@ -302,8 +305,25 @@ def line_data(generator):
     return x, 2 * x[:, 0] + 1 + 0.2 * torch.randn(30, generator=generator)
 
 
-@pytest.mark.parametrize("kind", LINES)
-@pytest.mark.parametrize("guide", ["normal", "delta", "own"])
+@pytest.mark.parametrize(
+    ("kind", "guide"),
+    [
+        ("pyro.param", "normal"),
+        ("pyro.module", "delta"),
+        ("PyroModule", "own"),
+        *(
+            pytest.param(kind, guide, marks=pytest.mark.slow)
+            for kind, guide in [
+                ("pyro.param", "delta"),
+                ("pyro.param", "own"),
+                ("pyro.module", "normal"),
+                ("pyro.module", "own"),
+                ("PyroModule", "normal"),
+                ("PyroModule", "delta"),
+            ]
+        ),
+    ],
+)
 def test_parameters_are_learned_and_predicted_with(kind, guide, line_data, param_store):
     """Least squares. The program's own parameters stay, so that runs are independent."""
     make, names = LINES[kind]
@@ -317,7 +337,7 @@ def test_parameters_are_learned_and_predicted_with(kind, guide, line_data, param
 
     chosen = AutoNormal(model) if guide == "own" else guide
     svi = SVI(model, guide=chosen)
-    posterior = run(svi, x, y, num_steps=400, num_runs=2, num_samples=5)
+    posterior = run(svi, x, y, num_steps=300, num_runs=2, num_samples=5)
 
     assert set(posterior.point_estimates) == names
     for value in posterior.point_estimates.values():
