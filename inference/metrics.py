@@ -73,4 +73,6 @@ def _correlation_factor(correlation: Float[Tensor, "*run dim dim"]) -> Tensor:
     # A coordinate without spread has no correlations, and keeps its scale.
     diagonal = correlation.diagonal(dim1=-2, dim2=-1)
     missing = torch.diag_embed((diagonal == 0).to(correlation.dtype))
-    return torch.linalg.cholesky((1 - ridge) * correlation + missing + ridge * eye)
+    factor, failure = torch.linalg.cholesky_ex((1 - ridge) * correlation + missing + ridge * eye)
+    # Where particles are no numbers any more, the watch is to say so, not this.
+    return torch.where(failure[..., None, None] > 0, eye, factor)

@@ -41,6 +41,10 @@ from bayesattn.kernels import IMQ, Kernel
 __all__ = ["SVGD", "SVGDInfo", "SVGDState", "direction"]
 
 
+# Given particles from which the mode is searched too.
+_FURTHER_STARTS = 20
+
+
 class SVGD(Routine):
     """Stein variational gradient descent on a Pyro program.
 
@@ -219,7 +223,8 @@ class SVGD(Routine):
         if self.coordinates == "raw":
             points = initial_values(density, count, None, generator) if points is None else points
             return points, None
-        frame = laplace(density, generator=generator, starts=points)
+        further = None if points is None else points[:_FURTHER_STARTS]
+        frame = laplace(density, generator=generator, starts=further)
         if points is None:
             noise = torch.randn(count, density.dim, generator=generator, dtype=torch.float64)
             points = frame.apply(noise.to(frame.location))

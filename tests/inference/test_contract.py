@@ -57,6 +57,7 @@ class Row(NamedTuple):
         draws_are: What its draws are.
         num_draws: Of each chain.
         chains: Name of run's argument for the number of chains.
+        takes_init: Whether it starts where it is told; a guide of one's own has its own start.
     """
 
     make: Callable[..., Any]
@@ -64,6 +65,7 @@ class Row(NamedTuple):
     draws_are: str
     num_draws: int
     chains: str = "num_runs"
+    takes_init: bool = True
 
 
 def guided_by(make_guide: Callable) -> Callable[..., SVI]:
@@ -80,10 +82,18 @@ ROUTINES = {
         functools.partial(SVI, guide="delta"), {"num_steps": 7, "num_samples": 11}, "point", 1
     ),
     "SVI, Pyro's guide": Row(
-        guided_by(AutoNormal), {"num_steps": 7, "num_samples": 11}, "iid_guide", 11
+        guided_by(AutoNormal),
+        {"num_steps": 7, "num_samples": 11},
+        "iid_guide",
+        11,
+        takes_init=False,
     ),
     "SVI, own guide": Row(
-        guided_by(lambda _: own_guide), {"num_steps": 7, "num_samples": 11}, "iid_guide", 11
+        guided_by(lambda _: own_guide),
+        {"num_steps": 7, "num_samples": 11},
+        "iid_guide",
+        11,
+        takes_init=False,
     ),
     "NUTS": Row(
         functools.partial(NUTS, max_tree_depth=3),
@@ -207,6 +217,14 @@ def test_runs_side_by_side_do_not_meet(name):
     again = run(name, **{ROUTINES[name].chains: 2})
     for site, value in result(name).draws.items():
         assert torch.equal(again.draws[site], value)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROUTINES.items() if row.takes_init])
+@pytest.mark.parametrize("other", ["SVGD", "SVGD of heads", "SVI", "NUTS"])
+def test_runs_start_from_posteriors_of_others(name, other):
+    """Also networks put together of heads, and heads taken out of networks."""
+    plain, started = run(name), run(name, init=result(other))
+    assert not torch.equal(started.draws["key_scale"], plain.draws["key_scale"])
 
 
 @every_routine

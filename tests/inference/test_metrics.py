@@ -74,6 +74,14 @@ def test_a_cloud_in_a_plane_has_a_metric(dtype, generator):
     assert metric.invert(particles).isfinite().all()
 
 
+def test_particles_that_are_no_numbers_raise_nothing(generator):
+    """That is for the watch to report, with the site and the step."""
+    particles = cloud(generator, 40, 3)
+    particles[7, 1] = torch.nan
+    metric = metric_of(particles, "full", identity(torch.zeros(3)))
+    assert metric.invert(particles)[7].isnan().any()
+
+
 def test_automatic_metric_by_size():
     assert chosen_metric("auto", 100, 25) == "full"
     assert chosen_metric("auto", 100, 26) == "diagonal"

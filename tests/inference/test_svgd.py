@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayesattn.inference import stein
-from bayesattn.inference.coordinates import identity
+from bayesattn.inference.coordinates import Affine, identity
 from bayesattn.inference.optimizers import ScheduledOptimizer
 from bayesattn.inference.particle_views import WholeParticles
 from bayesattn.inference.schedules import constant
@@ -298,15 +298,18 @@ def test_particles_at_one_place_separate():
     torch.testing.assert_close(draws.std(0), torch.ones(2), rtol=WIDTH, atol=0)
 
 
-def test_optimizer_state_is_kept_of_what_does_not_move_to_other_coordinates(generator):
-    """Mutant: dropping all state at a change of the metric."""
+def test_other_coordinates_leave_the_particles_and_the_state_of_what_is_outside(generator):
+    """Mutants: dropping all of the optimizer's state; working coordinates left as they were."""
     make = functools.partial(ScheduledOptimizer, torch.optim.Adam, constant)
     particles = torch.randn(1, 5, 2, generator=generator)
     state = stein.init(particles, torch.ones(1, 3), identity(torch.zeros(1, 2)), make)
     for tensor in (state.working, state.outside):
         tensor.grad = torch.ones_like(tensor)
     state.optimizer.step(0.0)
-    moved = stein.remeasured(state, identity(torch.zeros(1, 2)))
+    before = state.particles
+    metric = Affine(torch.tensor([[1.0, -2.0]]), torch.tensor([[[2.0, 0.0], [1.0, 0.5]]]))
+    moved = stein.remeasured(state, metric)
+    torch.testing.assert_close(moved.particles, before)
     kept = moved.optimizer._optimizer.state
     assert state.outside in kept
     assert state.working not in kept
