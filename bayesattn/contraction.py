@@ -78,7 +78,7 @@ class _Contraction(torch.autograd.Function):
         return torch.einsum(f"{left_axes},{right_axes}->{axes}", left, right)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ARG004
+    def setup_context(ctx, inputs, output) -> None:
         left, right, *ctx.axes = inputs
         ctx.save_for_backward(left, right)
         ctx.save_for_forward(left, right)
@@ -104,7 +104,7 @@ class _Contraction(torch.autograd.Function):
         return sum(terms[1:], start=terms[0])
 
     @staticmethod
-    def vmap(info, in_dims, left, right, left_axes, right_axes, axes):  # noqa: ARG004
+    def vmap(info, in_dims, left, right, left_axes, right_axes, axes):
         mapped = next(x for x in string.ascii_letters if x not in left_axes + right_axes + axes)
         if in_dims[0] is not None:
             left, left_axes = left.movedim(in_dims[0], 0), mapped + left_axes
