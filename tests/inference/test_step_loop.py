@@ -99,7 +99,15 @@ def test_an_interrupt_at_the_last_step_is_none():
     assert "interrupted" not in loop().run(Walk(interrupt_at=19)).attrs
 
 
-def test_a_second_interrupt_interrupts():
+@pytest.fixture
+def interrupts_raise():
+    """Python's own handler, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_interrupts(interrupts_raise):
     with interruptible() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
