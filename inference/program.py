@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from bayesattn.inference.bijections import bijection
+from bayesattn.inference.observations import check_observations
 from bayesattn.inference.prior_run import first_run, unwrapped
 
 __all__ = ["Latent", "Plate", "Program", "read_program"]
@@ -105,9 +106,9 @@ def read_program(
     """Run the program once, outside of any transform, and note its sites.
 
     Raises:
-        ValueError: If the program fails on its arguments or writes what is not its own, has no
-            continuous latent site, a latent inside a subsampled plate, or a latent of a kind that
-            is not supported.
+        ValueError: If the program fails on its arguments or writes what is not its own, observes
+            values that its distributions cannot take, has no continuous latent site, a latent
+            inside a subsampled plate, or a latent of a kind that is not supported.
     """
     trace = first_run(model, args, kwargs)
     sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
@@ -117,6 +118,7 @@ def read_program(
         if _is_subsample(site) and (site["fn"].subsample_size or site["fn"].size) < site["fn"].size
     }
     sites = {name: site for name, site in sites.items() if not _is_subsample(site)}
+    check_observations({n: site for n, site in sites.items() if _is_observation(site)})
     hidden = {name: site for name, site in sites.items() if not site["is_observed"]}
     discrete = tuple(name for name, site in hidden.items() if _is_discrete(site))
     _refuse_unsupported_discrete({name: hidden[name] for name in discrete})

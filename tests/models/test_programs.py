@@ -75,9 +75,15 @@ def log_joint_by_hand(name, likelihood, data, values):
     return total
 
 
+def unrecorded(model, data):
+    """A log density that runs the program at each call, cheap for few of them."""
+    return LogDensity(model, *data, settings=DensitySettings(compile="none"))
+
+
 @every_model
-@every_likelihood
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(
+    ("likelihood", "padded"), [*((one, True) for one in LIKELIHOODS), ("categorical", False)]
+)
 def test_log_density_is_the_formula(name, likelihood, padded, generator):
     model = make_model(name, likelihood)
     data = make_data(generator, likelihood, padded=padded)
@@ -115,7 +121,7 @@ def test_plain_program_gives_attention_and_expectation(name, likelihood, generat
 def test_sizes_of_one(name, shape, generator):
     model = make_model(name, "bernoulli", num_heads=1)
     data = Data(torch.randn(shape, generator=generator), None, torch.ones(shape[0]))
-    density = LogDensity(model, *data, settings=DensitySettings(compile="none"))
+    density = unrecorded(model, data)
     particles = torch.randn(2, density.dim, generator=generator)
     value, score = density.value_and_score(particles)
     assert value.isfinite().all()
@@ -126,29 +132,24 @@ def test_sizes_of_one(name, shape, generator):
 
 
 @every_model
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_that_of_the_tokens(name, dtype, generator):
-    model, data = make_model(name, "normal"), make_data(generator, "normal", dtype=dtype)
+def test_dtype_is_that_of_the_tokens(name, generator):
+    model, data = make_model(name, "normal"), make_data(generator, "normal", dtype=torch.float32)
     density = LogDensity(model, *data)
-    particles = torch.randn(3, density.dim, generator=generator).to(dtype)
+    particles = torch.randn(3, density.dim, generator=generator)
     value, score = density.value_and_score(particles)
-    assert {density.dtype, value.dtype, score.dtype} == {dtype}
+    assert {density.dtype, value.dtype, score.dtype} == {torch.float32}
     values = {site: value[0] for site, value in density.constrain(particles).items()}
     sites, _ = run(model, data, values)
-    assert {value.dtype for value in sites.values()} == {dtype}
+    assert {value.dtype for value in sites.values()} == {torch.float32}
     by_hand = log_joint_by_hand(name, "normal", data, {k: v.double() for k, v in values.items()})
     by_hand += density.log_determinant(particles)[0].item()
-    assert value[0].item() == pytest.approx(by_hand, rel=1e-5 if dtype == torch.float32 else 1e-12)
+    assert value[0].item() == pytest.approx(by_hand, rel=1e-5)
 
 
 @every_model
-def test_sentence_without_words_has_no_attention_and_a_score(name, generator):
+def test_sentence_without_words_has_no_attention(name, generator):
     model, data = make_model(name), make_data(generator)
-    density = LogDensity(model, *data)
-    particles = torch.randn(3, density.dim, generator=generator)
-    _, score = density.value_and_score(particles)
-    assert score.isfinite().all()
-    values = {site: value[0] for site, value in density.constrain(particles).items()}
+    values = draw_values(model, data, generator)
     sites, _ = run(model, data, values)
     assert not data.mask[0].any()
     assert (sites["attention"][0] == 0).all()
@@ -224,7 +225,7 @@ def test_a_head_has_its_own_attention(name, site, generator):
 @every_model
 def test_minibatches_average_to_the_full_density(name, generator):
     data = make_data(generator, "normal", num_sentences=5)
-    full = LogDensity(make_model(name, "normal"), *data)
+    full = unrecorded(make_model(name, "normal"), data)
     part = LogDensity(make_model(name, "normal", batch_size=2), *data)
     particles = torch.randn(3, full.dim, generator=generator)
     pairs = [torch.tensor(pair) for pair in itertools.combinations(range(5), 2)]
@@ -238,7 +239,7 @@ def test_minibatches_average_to_the_full_density(name, generator):
 def test_batches_no_larger_than_the_data(name, generator):
     data = make_data(generator)
     model = make_model(name, batch_size=NUM_SENTENCES + 4)
-    density, full = LogDensity(model, *data), LogDensity(make_model(name), *data)
+    density, full = (unrecorded(one, data) for one in (model, make_model(name)))
     assert density.program.subsamples == {}
     particles = torch.randn(2, density.dim, generator=generator)
     torch.testing.assert_close(density.value_and_score(particles), full.value_and_score(particles))
