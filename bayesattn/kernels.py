@@ -10,6 +10,7 @@ Nothing larger than "particle particle" or "particle dim" is held: sums over pai
 Source:
     Liu and Wang (2016), Stein variational gradient descent, arXiv:1608.04471.
     Gorham and Mackey (2017), Measuring sample quality with kernels, arXiv:1703.01717.
+    Liu, Lee and Jordan (2016), A kernelized Stein discrepancy, arXiv:1602.03253.
 """
 
 import math
@@ -157,6 +158,38 @@ class _Radial:
         """Squared bandwidth in force at these particles, detached, in float32 or wider."""
         return self._squared(*_geometry(particles.detach()))
 
+    def stein_gram(
+        self,
+        particles: Float[Tensor, "*batch particle dim"],
+        scores: Float[Tensor, "*batch particle dim"],
+    ) -> Float[Tensor, "*batch particle particle"]:
+        r"""Stein kernel of a target between every two particles, whose mean under it is zero.
+
+        .. math:: u(x, y) = k \, s_x \cdot s_y + s_x \cdot \nabla_y k + s_y \cdot \nabla_x k
+            + \operatorname{tr} \nabla_x \nabla_y k
+
+        Args:
+            particles: At least one.
+            scores: Gradients :math:`s` of the target's log density at the particles.
+
+        Returns:
+            Symmetric and positive semidefinite.
+
+        Source:
+            Liu, Lee and Jordan (2016), arXiv:1602.03253, theorem 3.6.
+        """
+        centered, distances = _geometry(particles)
+        squared = self._squared(centered, distances)[..., None, None]
+        gram, slope = self._profile(distances, squared)
+        scores = _wide(scores)
+        with _full_precision(particles):
+            inner, crossed = scores @ scores.mT, scores @ centered.mT
+        # Read off the diagonal of the product itself, as the norms are: it cancels exactly.
+        own = crossed.flatten(-2)[..., :: crossed.shape[-1] + 1]
+        crossed = own[..., :, None] + own[..., None, :] - crossed - crossed.mT
+        trace = particles.shape[-1] - 2 * self._decay(distances, squared)
+        return (gram * inner + slope * (crossed + trace)).to(particles.dtype)
+
     def _squared(self, centered: Tensor, distances: Tensor) -> Tensor:
         bandwidth, batch = self.bandwidth, distances[..., 0, 0].detach()
         if isinstance(bandwidth, str):
@@ -169,6 +202,10 @@ class _Radial:
         raise NotImplementedError
 
     def _profile(self, distances: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _decay(self, distances: Tensor, squared: Tensor) -> Tensor:
+        """How fast the slope falls: minus its elasticity in the squared distance."""
         raise NotImplementedError
 
 
@@ -205,6 +242,9 @@ class RBF(_Radial):
         gram = torch.exp(-distances / (2 * squared))
         return gram, gram / squared
 
+    def _decay(self, distances: Tensor, squared: Tensor) -> Tensor:
+        return distances / (2 * squared)
+
 
 @dataclass(frozen=True)
 class IMQ(_Radial):
@@ -239,6 +279,9 @@ class IMQ(_Radial):
         base = 1 + distances / squared
         gram = base**-self.exponent
         return gram, (2 * self.exponent) * gram / (base * squared)
+
+    def _decay(self, distances: Tensor, squared: Tensor) -> Tensor:
+        return (self.exponent + 1) * distances / (squared + distances)
 
 
 def _wide(tensor: Tensor) -> Tensor:

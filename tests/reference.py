@@ -42,6 +42,18 @@ def kernel_repulsion(kernel, particles):
     return result
 
 
+def stein_kernel(kernel, x, y, score_x, score_y):
+    """u(x, y) = k s_x.s_y + s_x.grad_y k + s_y.grad_x k + tr grad_x grad_y k, by autograd."""
+    x, y = (torch.tensor(point, requires_grad=True) for point in (x, y))
+    value = kernel(x, y)
+    grad_x, grad_y = torch.autograd.grad(value, (x, y), create_graph=True)
+    trace = sum(
+        torch.autograd.grad(grad_y[d], x, retain_graph=True)[0][d].item() for d in range(len(x))
+    )
+    pairs = zip(score_x, score_y, grad_x.tolist(), grad_y.tolist(), strict=True)
+    return trace + sum(value.item() * a * b + a * dy + b * dx for a, b, dx, dy in pairs)
+
+
 def median_of_pairs(particles):
     """Lower median of ||x_i - x_j||^2 over i < j."""
     distances = sorted(

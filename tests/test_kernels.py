@@ -208,6 +208,50 @@ def test_differentiation_sees_a_constant_bandwidth(generator):
         assert torch.autograd.gradcheck(lambda z, k=frozen: k.gram(z, y), x)
 
 
+@pytest.mark.parametrize("kernel", ALL, ids=repr)
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (3, 5), (7, 2)])
+def test_stein_gram_is_that_of_autograd(kernel, shape, generator):
+    x, scores = torch.randn(2, *shape, generator=generator)
+    value = formula(kernel, kernel.squared_bandwidth(x).item())
+    points, slopes = x.tolist(), scores.tolist()
+    expected = [
+        [reference.stein_kernel(value, a, b, s, t) for b, t in zip(points, slopes, strict=True)]
+        for a, s in zip(points, slopes, strict=True)
+    ]
+    np.testing.assert_allclose(kernel.stein_gram(x, scores), expected, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=SEEDS, num_particles=st.integers(1, 8), dim=st.integers(1, 4))
+def test_stein_gram_is_positive_definite(seed, num_particles, dim):
+    x, scores = cloud(seed, 2, num_particles, dim)
+    for kernel in ALL:
+        gram = kernel.stein_gram(x, scores)
+        torch.testing.assert_close(gram, gram.T, rtol=0, atol=1e-13)
+        assert torch.linalg.eigvalsh(gram).min() > -1e-11 * gram.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ALL, ids=repr)
+def test_stein_gram_of_batches_duplicates_and_half_precision(kernel, generator):
+    x, scores = torch.randn(2, 3, 5, 4, generator=generator)
+    x[0, 1:] = x[0, 0]
+    ours, mapped = kernel.stein_gram(x, scores), torch.vmap(kernel.stein_gram)(x, scores)
+    for i in range(3):
+        torch.testing.assert_close(ours[i], kernel.stein_gram(x[i], scores[i]))
+        torch.testing.assert_close(mapped[i], ours[i])
+    assert ours.isfinite().all()
+    half, narrow = x[1].bfloat16(), scores[1].bfloat16()
+    wide = kernel.stein_gram(half.float(), narrow.float())
+    assert torch.equal(kernel.stein_gram(half, narrow), wide.bfloat16())
+
+
+def test_stein_gram_holds_nothing_as_large_as_particle_particle_dim(generator):
+    count, dim = 23, 19
+    x, scores = torch.randn(2, count, dim, generator=generator)
+    graph = make_fx(lambda y, s: (IMQ().stein_gram(y, s), RBF().stein_gram(y, s)))(x, scores).graph
+    sizes = [n.meta["tensor_meta"].shape.numel() for n in graph.nodes if "tensor_meta" in n.meta]
+    assert max(sizes) <= count * max(count, dim)
+
+
 @pytest.mark.parametrize("offset", [1e3, 1e5])
 def test_float32_keeps_its_digits_far_from_the_origin(offset, generator):
     """Particles are rounded at the offset, the distances between them then are not."""
