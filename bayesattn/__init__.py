@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bayesattn import calibration as calibration
     from bayesattn import datasets as datasets
+    from bayesattn import divergences as divergences
     from bayesattn import functional as functional
     from bayesattn import inference as inference
     from bayesattn import kernels as kernels
@@ -26,6 +27,7 @@ __all__ = [
     "attention_weights",
     "calibration",
     "datasets",
+    "divergences",
     "functional",
     "inference",
     "kernels",

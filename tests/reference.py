@@ -144,3 +144,19 @@ def stein_direction(kernel, particles, scores, temperature=1.0):
             weight = float(kernel(torch.tensor(particles[j]), torch.tensor(particles[i])))
             result[i] += weight * scores[j] / (temperature * count)
     return result
+
+
+def pair_contrast(function, x, y, a, b, distinct=False):
+    """E f(x, x') + E f(y, y') - 2 E f(x, y) under weights; with ``distinct``, x' is never x."""
+
+    def mean(rows, columns, row_weights, column_weights, skip):
+        total = weight = 0.0
+        for i in range(len(rows)):
+            for j in range(len(columns)):
+                if not (skip and i == j):
+                    pair = row_weights[i] * column_weights[j]
+                    total += pair * function(rows[i], columns[j])
+                    weight += pair
+        return total / weight
+
+    return mean(x, x, a, a, distinct) + mean(y, y, b, b, distinct) - 2 * mean(x, y, a, b, False)
