@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.order_statistics import lower_median
+
 __all__ = [
     "IMQ",
     "RBF",
@@ -43,10 +45,18 @@ class KernelTerms(NamedTuple):
     Attributes:
         gram: Kernel between every two particles, symmetric, one on the diagonal.
         repulsion: Sum over j of the gradient of k(x_j, x_i) by x_j: away from the other particles.
+        squared_bandwidth: That was in force; None where there is no such figure.
     """
 
     gram: Float[Tensor, "*batch particle particle"]
     repulsion: Float[Tensor, "*batch particle dim"]
+    squared_bandwidth: Float[Tensor, "*batch"] | None = None
+
+    def smooth(
+        self, score: Float[Tensor, "*batch particle dim"]
+    ) -> Float[Tensor, "*batch particle dim"]:
+        """Sum over j of k(x_i, x_j) times the score at x_j."""
+        return self.gram @ score
 
 
 @runtime_checkable
@@ -140,10 +150,10 @@ class _Radial:
     def __call__(self, particles: Float[Tensor, "*batch particle dim"]) -> KernelTerms:
         """Gram matrix and repulsion of one cloud of particles."""
         centered, distances = _geometry(particles)
-        squared = self._squared(centered, distances)[..., None, None]
-        gram, slope = self._profile(distances, squared)
+        squared = self._squared(centered, distances)
+        gram, slope = self._profile(distances, squared[..., None, None])
         repulsion = pairwise_repulsion(slope, centered)
-        return KernelTerms(gram.to(particles.dtype), repulsion.to(particles.dtype))
+        return KernelTerms(gram.to(particles.dtype), repulsion.to(particles.dtype), squared)
 
     def gram(
         self, x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]
@@ -324,7 +334,7 @@ def _floored_median(centered: Tensor, distances: Tensor) -> Tensor:
     if count == 1:
         return torch.ones_like(distances[..., 0, 0])
     rows, columns = torch.triu_indices(count, count, offset=1, device=distances.device)
-    median = distances[..., rows, columns].median(dim=-1).values
+    median = lower_median(distances.flatten(-2).index_select(-1, rows * count + columns))
     resolution = 64 * info.eps * centered.square().sum(-1).mean(-1)
     return torch.maximum(median, resolution + info.tiny / info.eps)
 

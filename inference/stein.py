@@ -86,7 +86,7 @@ def direction(
         kernel: Gives Gram matrix and repulsion.
         temperature: T; above one the particles spread more.
     """
-    gram, repulsion = kernel(particles)
+    gram, repulsion, _ = kernel(particles)
     return (gram @ score / temperature + repulsion) / particles.shape[-2]
 
 
