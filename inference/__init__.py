@@ -13,6 +13,7 @@ from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
+from bayesattn.inference.stein_discrepancy import SteinDiscrepancy, ksd
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
 
@@ -28,7 +29,9 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "RecordingError",
+    "SteinDiscrepancy",
     "initial_values",
+    "ksd",
     "laplace",
     "match_heads",
 ]
