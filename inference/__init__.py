@@ -5,6 +5,7 @@ if not __name__.startswith("bayesattn."):
         f"import bayesattn.inference, not {__name__}: under two names Python would load two copies"
     )
 
+from bayesattn.inference.comparison import Comparison, compare
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.initialization import initial_values
 from bayesattn.inference.log_density import DensitySettings, LogDensity
@@ -22,6 +23,7 @@ __all__ = [
     "SVGD",
     "SVI",
     "Affine",
+    "Comparison",
     "ConvergenceWarning",
     "DensitySettings",
     "GraphCache",
@@ -30,6 +32,7 @@ __all__ = [
     "Posterior",
     "RecordingError",
     "SteinDiscrepancy",
+    "compare",
     "initial_values",
     "ksd",
     "laplace",
