@@ -1,57 +1,35 @@
-r"""Kernel Stein discrepancy: how far draws are from a target known by its score alone.
-
-.. math:: \mathrm{KSD}^2 = \mathbb E_{x, x'} \, u(x, x'), \qquad
-    u(x, y) = (s_x + \nabla_x) \cdot (s_y + \nabla_y) \, k(x, y)
-
-No draws of the target are needed, and no normalizing constant. Under the target the mean of
-:math:`u(x, \cdot)` is zero, so that a sum over pairs is degenerate and is tested by a bootstrap.
+"""Whether a posterior's draws are those of its program: the kernel Stein discrepancy, tested.
 
 Source:
-    Liu, Lee and Jordan (2016), A kernelized Stein discrepancy, arXiv:1602.03253, eqs. 14 and 16.
+    Liu, Lee and Jordan (2016), A kernelized Stein discrepancy, arXiv:1602.03253.
     Chwialkowski, Strathmann and Gretton (2016), A kernel test of goodness of fit,
-    arXiv:1602.02964, section 4. Both bootstraps leave out the diagonal here.
+    arXiv:1602.02964.
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.inference.bootstrap import (
+    bootstrap_p_value,
+    multinomial_multipliers,
+    sign_multipliers,
+)
 from bayesattn.inference.convergence import smallest_effective_size
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.posterior import Posterior
+from bayesattn.inference.stein_statistics import SteinKernel, mean_of_distinct_pairs
 from bayesattn.kernels import IMQ
 
-__all__ = [
-    "SteinDiscrepancy",
-    "SteinKernel",
-    "bootstrap_p_value",
-    "ksd",
-    "multinomial_multipliers",
-    "sign_multipliers",
-    "squared_stein_discrepancy",
-    "stein_discrepancy",
-]
+__all__ = ["SteinDiscrepancy", "ksd"]
 
 Number = float | int
 
 # With fewer independent draws, no test is made.
 _LEAST_DRAWS = 20
-
-
-@runtime_checkable
-class SteinKernel(Protocol):
-    """A kernel with derivatives, such as :class:`~bayesattn.kernels.IMQ`."""
-
-    def stein_gram(
-        self,
-        particles: Float[Tensor, "*batch particle dim"],
-        scores: Float[Tensor, "*batch particle dim"],
-    ) -> Float[Tensor, "*batch particle particle"]:
-        """Stein kernel between every two particles."""
-        ...
 
 
 class SteinDiscrepancy(NamedTuple):
@@ -70,103 +48,6 @@ class SteinDiscrepancy(NamedTuple):
     ksd: float
     squared: float
     p_value: float
-
-
-def stein_discrepancy(
-    particles: Float[Tensor, "*batch particle dim"],
-    scores: Float[Tensor, "*batch particle dim"],
-    kernel: SteinKernel | None = None,
-) -> Float[Tensor, "*batch"]:
-    """Kernel Stein discrepancy of the particles' empirical law, the root of the V-statistic.
-
-    Args:
-        particles: At least one.
-        scores: Gradient of the target's log density at each particle.
-        kernel: :class:`~bayesattn.kernels.IMQ` by default, whose bandwidth is that of the
-            particles; fix it to compare clouds.
-    """
-    gram = (IMQ() if kernel is None else kernel).stein_gram(particles, scores)
-    return gram.mean((-2, -1)).clamp_min(0.0).sqrt()
-
-
-def squared_stein_discrepancy(
-    particles: Float[Tensor, "*batch particle dim"],
-    scores: Float[Tensor, "*batch particle dim"],
-    kernel: SteinKernel | None = None,
-) -> Float[Tensor, "*batch"]:
-    """Unbiased estimate of the squared discrepancy from independent draws, the U-statistic.
-
-    Args:
-        particles: At least two.
-        scores: Gradient of the target's log density at each particle.
-        kernel: :class:`~bayesattn.kernels.IMQ` by default.
-
-    Raises:
-        ValueError: If there are fewer than two particles.
-    """
-    if particles.shape[-2] < 2:
-        raise ValueError(
-            f"an unbiased estimate needs two particles, got shape {tuple(particles.shape)}"
-        )
-    return _off_diagonal_mean((IMQ() if kernel is None else kernel).stein_gram(particles, scores))
-
-
-def bootstrap_p_value(
-    gram: Float[Tensor, "draw draw"], multipliers: Float[Tensor, "bootstrap draw"]
-) -> Float[Tensor, ""]:
-    r"""How often a degenerate sum over pairs is as large as this one.
-
-    .. math:: p = \frac{1 + \#\{b : S_b \ge S\}}{1 + B}, \qquad
-        S_b = \sum_{i \ne j} w_{bi} w_{bj} u_{ij}, \quad S = \sum_{i \ne j} u_{ij}
-
-    Args:
-        gram: The Stein kernel between every two draws.
-        multipliers: :math:`w`, of mean zero and variance one.
-
-    Raises:
-        ValueError: If there are fewer than two draws, or no multipliers.
-    """
-    if len(gram) < 2 or len(multipliers) == 0:
-        raise ValueError(
-            f"a bootstrap needs two draws and one replicate, got {len(gram)} and {len(multipliers)}"
-        )
-    pairs = gram - gram.diagonal().diag_embed()
-    replicates = ((multipliers @ pairs) * multipliers).sum(-1)
-    return (1 + (replicates >= pairs.sum()).sum()).to(gram.dtype) / (1 + len(multipliers))
-
-
-def multinomial_multipliers(
-    num_bootstrap: int, num_draws: int, generator: torch.Generator
-) -> Float[Tensor, "bootstrap draw"]:
-    """How often each independent draw is drawn again, less one."""
-    drawn = torch.randint(num_draws, (num_bootstrap, num_draws), generator=generator)
-    ones = torch.ones(drawn.shape, dtype=torch.float64)
-    return torch.zeros_like(ones).scatter_add(1, drawn, ones) - 1
-
-
-def sign_multipliers(
-    num_bootstrap: int,
-    num_chains: int,
-    num_draws: int,
-    generator: torch.Generator,
-    *,
-    change_probability: Number = 0.05,
-) -> Float[Tensor, "bootstrap draw"]:
-    """Signs that follow each other along a chain, as its draws do: the wild bootstrap.
-
-    Args:
-        num_bootstrap: Number of replicates.
-        num_chains: Chains, one after another in the result, each with signs of its own.
-        num_draws: Of each chain.
-        generator: Of randomness.
-        change_probability: That a sign differs from the one before; a half for independent draws,
-            and small beside one over the number of draws over which a chain remembers.
-    """
-    shape = (num_bootstrap, num_chains, num_draws)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    changes = uniform < change_probability
-    changes[..., 0] = uniform[..., 0] < 0.5
-    return (1.0 - 2.0 * (changes.cumsum(-1) % 2)).to(torch.float64).flatten(1)
 
 
 def ksd(
@@ -198,7 +79,8 @@ def ksd(
             ``reference.unconstrained.flatten(0, 1).std(0)``.
         num_draws: Use so many draws in all at most, evenly spaced, since pairs are looked at.
         num_bootstrap: Replicates of the bootstrap.
-        change_probability: Of the wild bootstrap; see :func:`sign_multipliers`.
+        change_probability: Of the wild bootstrap; see
+            :func:`~bayesattn.inference.bootstrap.sign_multipliers`.
         seed: For the bootstrap.
         chunk_size: Most draws evaluated at once, to bound memory.
 
@@ -235,17 +117,9 @@ def ksd(
         )
     return SteinDiscrepancy(
         ksd=float(gram.mean().clamp_min(0.0).sqrt()),
-        squared=float(_off_diagonal_mean(gram)),
+        squared=float(mean_of_distinct_pairs(gram)),
         p_value=_p_value(gram, rows, multipliers),
     )
-
-
-def _off_diagonal_mean(gram: Tensor) -> Tensor:
-    """NaN of a single row."""
-    count, diagonal = gram.shape[-1], gram.diagonal(dim1=-2, dim2=-1)
-    if count == 1:
-        return torch.full_like(gram[..., 0, 0], torch.nan)
-    return (gram - diagonal.diag_embed()).sum((-2, -1)) / (count * (count - 1))
 
 
 def _p_value(gram: Tensor, rows: Tensor | None, multipliers: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-"""Tests of bayesattn.inference.stein_discrepancy: closed forms, calibration, power and errors."""
+"""Tests of the kernel Stein discrepancy and its bootstraps: calibration, power and errors."""
 
 import math
 
@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayesattn.inference import Posterior, ksd
-from bayesattn.inference.stein_discrepancy import (
+from bayesattn.inference.bootstrap import (
     bootstrap_p_value,
     multinomial_multipliers,
     sign_multipliers,
-    squared_stein_discrepancy,
-    stein_discrepancy,
 )
+from bayesattn.inference.stein_statistics import squared_stein_discrepancy, stein_discrepancy
 from bayesattn.kernels import IMQ, RBF
 
 DIM = 3
