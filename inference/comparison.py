@@ -1,6 +1,7 @@
 """Posteriors beside a reference: how far off they are, and how far off exact draws would be."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compare"]
 
 _LEAST_REFERENCE_DRAWS = 4
+_LEAST_NULL = 20
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -198,6 +200,10 @@ def compare(
     )
 
 
+# Names that no other posterior can bear.
+RESERVED = frozenset(inspect.signature(compare).parameters) - {"others"}
+
+
 def _arguments(held_out: tuple | Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     return ((), dict(held_out)) if isinstance(held_out, Mapping) else (tuple(held_out), {})
 
@@ -219,9 +225,8 @@ def _check(
             raise ValueError(f"{name} is the reference itself; give another posterior")
     _check_reference(reference)
     for name in ("num_null", "max_draws"):
-        least = 20
-        if options[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {options[name]}")
+        if options[name] < _LEAST_NULL:
+            raise ValueError(f"{name} must be at least {_LEAST_NULL}, got {options[name]}")
     sites, held_out = options["sites"], options["held_out"]
     if isinstance(sites, str) or (sites is not None and not list(sites)):
         raise ValueError(f"sites must be a list of at least one name, got {sites!r}")

@@ -37,7 +37,7 @@ _JOINT_COLUMNS = (
     "gradient_evaluations",
 )
 _KINDS = {"markov": "Markov", "iid_guide": "of a guide"}
-_TITLES = {"sliced_w1": "sliced W1", "energy": "energy distance", "mmd2": "MMD²"}
+_TITLES = {"sliced_w1": "sliced W1", "energy": "energy", "mmd2": "MMD²"}
 
 
 def by_site(parts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> pd.DataFrame:
@@ -101,12 +101,7 @@ def _shown(comparison: "Comparison") -> list[tuple[str, pd.DataFrame]]:
             "(in brackets: 95 % of exact samplers with as many draws; * beyond that)"
         )
         shown.append((caption, _site_texts(comparison.sites)))
-    caption = (
-        "Joint draws: distance (mean and 95 % point of as many exact draws; * beyond that)"
-        if any(isinstance(scale, str) for scale in comparison.joint["scale"])
-        else "Runs"
-    )
-    shown.append((caption, _joint_texts(comparison.joint)))
+    shown.append((_joint_caption(comparison.joint), _joint_texts(comparison.joint)))
     if comparison.elpd is not None:
         caption = (
             "Training data: expected log predictive density, in nats\n"
@@ -117,6 +112,21 @@ def _shown(comparison: "Comparison") -> list[tuple[str, pd.DataFrame]]:
         caption = "Held-out data: mean log score in nats, ± standard error; difference is paired"
         shown.append((caption, _held_out_texts(comparison.held_out)))
     return shown
+
+
+def _joint_caption(table: pd.DataFrame) -> str:
+    places = {
+        f"{int(dims)} dims, {scale} scale"
+        for dims, scale in zip(table["dims"], table["scale"], strict=True)
+        if isinstance(scale, str)
+    }
+    if not places:
+        return "Runs"
+    where = f" ({places.pop()})" if len(places) == 1 else ""
+    return (
+        f"Joint draws{where}: distances\n"
+        "(in brackets: mean and 95 % point of as many exact draws; * beyond that)"
+    )
 
 
 def _site_texts(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,9 +154,10 @@ def _joint_texts(table: pd.DataFrame) -> pd.DataFrame:
             f"{count} {_KINDS.get(kind, kind)}"
             for count, kind in zip(table["draws"], table["draws_are"], strict=True)
         ],
-        "dims": [_whole(value) for value in table["dims"]],
-        "scale": ["" if pd.isna(value) else str(value) for value in table["scale"]],
     }
+    if len({(row.dims, row.scale) for row in table.itertuples() if isinstance(row.scale, str)}) > 1:
+        texts["dims"] = [_whole(value) for value in table["dims"]]
+        texts["scale"] = [scale if isinstance(scale, str) else "" for scale in table["scale"]]
     for name in DISTANCES:
         columns = zip(table[name], table[f"{name}_null"], table[f"{name}_95"], strict=True)
         texts[_TITLES[name]] = [

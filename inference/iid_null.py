@@ -82,7 +82,9 @@ def random_splits(
     query = max(1, min(int(num_draws), num_rows // 2, _MAX_QUERY))
     key = min(num_rows - query, _MAX_KEY)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(num_null, num_rows, generator=generator).argsort(-1)
+    # In one precision, so that the default one does not choose the splits.
+    places = torch.rand(num_null, num_rows, generator=generator, dtype=torch.float64)
+    order = places.argsort(-1)
     factor = (1 / num_draws + 1 / (num_reference or num_rows)) / (1 / query + 1 / key)
     return Splits(order[:, :query], order[:, query : query + key], factor)
 
