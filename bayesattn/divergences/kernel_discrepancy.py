@@ -102,9 +102,8 @@ def _pooled_median(clouds: PointClouds) -> Tensor:
     rows, columns = torch.triu_indices(*2 * points.shape[-2:-1], offset=1, device=points.device)
     counted = mask[..., rows] & mask[..., columns]
     distances = squared_distances(points)
-    ordered = torch.where(counted, distances[..., rows, columns], torch.inf).sort(-1).values
-    middle = (counted.sum(-1, keepdim=True) - 1).clamp_min(0) // 2
-    median = ordered.take_along_dim(middle, -1).squeeze(-1)
+    pairs = torch.where(counted, distances[..., rows, columns], torch.nan)
+    median = pairs.nanmedian(-1).values
     # What the distances of such clouds can resolve, so that a bandwidth is positive.
     info, largest = torch.finfo(points.dtype), distances.flatten(-2).amax(-1)
     return torch.maximum(median, 16 * info.eps * largest + info.tiny / info.eps)
