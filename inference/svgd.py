@@ -33,8 +33,9 @@ from bayesattn.inference.routine import (
     check_count,
     check_positive,
 )
+from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
-from bayesattn.inference.stein import SVGDInfo, SVGDState, direction
+from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.kernels import IMQ, Kernel
 
@@ -153,7 +154,7 @@ class SVGD(Routine):
         """
         num_runs = check_count("num_runs", num_runs)
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
-        density = self.log_density(*args, **kwargs)
+        density = self.log_density_for(num_steps, args, kwargs)
         if self.particle_plate is None:
             view: ParticleView = WholeParticles(num_runs)
         else:
@@ -184,23 +185,29 @@ class SVGD(Routine):
     def step(
         self,
         state: SVGDState,
-        density: LogDensity,
-        view: ParticleView,
+        stepper: Stepper,
         generator: torch.Generator,
         progress: float = 0.0,
-        bandwidth: Float[Tensor, " run"] | None = None,
     ) -> tuple[SVGDState, SVGDInfo]:
-        """Do :func:`bayesattn.inference.stein.step` with these settings, on fresh subsamples."""
-        return stein.step(
+        """Move all particles once with these settings, on fresh subsamples.
+
+        Args:
+            state: Its tensors are moved in place.
+            stepper: Of the log density; see :meth:`stepper`.
+            generator: Draws the subsamples.
+            progress: In [0, 1], for schedules.
+        """
+        info = stepper(
             state,
-            density,
-            view,
-            self.kernel,
-            subsample=density.draw_subsample(generator),
+            subsample=stepper.density.draw_subsample(generator),
             temperature=self.temperature_at(progress),
             progress=progress,
-            bandwidth=bandwidth,
         )
+        return state, info
+
+    def stepper(self, density: LogDensity, view: ParticleView) -> Stepper:
+        """Steps with these settings on a log density."""
+        return Stepper(density, view, self.kernel)
 
     def temperature_at(self, progress: float) -> Number:
         """T at a progress in [0, 1].
@@ -247,7 +254,7 @@ class _Run:
         self.state, self.frame = state, state.metric
         self.metric: Metric = metric
         self.dim, self.device = density.dim, density.device
-        self._bandwidth: Tensor | None = None
+        self.stepper = svgd.stepper(density, view)
 
     def advance(self, step: int) -> SVGDInfo:
         """Measure the particles anew where it is time, and move them."""
@@ -255,18 +262,14 @@ class _Run:
         if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
             measured = metric_of(self.state.particles, self.metric, self.frame)
             self.state = stein.remeasured(self.state, measured)
-        due = step % self.loop.check_every == 0
-        bandwidth = None if due else self._bandwidth
-        self.state, info = svgd.step(
-            self.state, self.density, self.view, self.loop.generator, progress, bandwidth
-        )
-        self._bandwidth = info.bandwidth
+        self.state, info = svgd.step(self.state, self.stepper, self.loop.generator, progress)
         return info
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
+    def evaluate(self) -> Watched:
         """Values and scores of the present state."""
         subsample = self.density.draw_subsample(self.loop.generator)
-        return self.density.value_and_score(self.state.networks(self.view), subsample)
+        networks = self.state.networks(self.view)
+        return Watched.of(*self.density.value_and_score(networks, subsample))
 
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
