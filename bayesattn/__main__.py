@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Look at posteriors that Posterior.save wrote (.nc or .safetensors).",
 )
 
@@ -29,12 +30,13 @@ Plots = Annotated[
 ]
 
 
-def _show_version(is_asked: bool) -> None:
+def _show_version(is_asked: bool) -> bool:
     if is_asked:
         import bayesattn
 
         typer.echo(f"bayesattn {bayesattn.__version__}")
         raise typer.Exit
+    return is_asked
 
 
 @app.callback()
@@ -78,15 +80,18 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(help="For simulated draws and projections.")] = 0,
 ) -> None:
-    """Hold posteriors against a reference, and against what exact draws would show by chance."""
+    """Hold posteriors against a reference.
+
+    Each error stands beside what as many exact draws would show by chance.
+    """
     with _one_line_errors():
         labels = _labels(others, names)
         exact = _load(reference)
         posteriors: dict[str, Any] = dict(zip(labels, map(_load, others), strict=True))
         from bayesattn.inference import comparison
 
-        typer.echo(f"Reference {reference.name}: {_description(exact)}\n")
         result = comparison.compare(exact, seed=seed, **posteriors)
+        typer.echo(f"Reference {reference.name}: {_description(exact)}\n")
         typer.echo(str(result))
         if plots is not None:
             figures: dict[str, Figure] = {}

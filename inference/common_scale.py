@@ -74,7 +74,7 @@ def varying(draws: Float[Tensor, "draw entry"]) -> Bool[Tensor, " entry"]:
     return draws.std(0) > 1e-12 * draws.mean(0).abs()
 
 
-def pooled(values: Float[Tensor, "chain draw *shape"] | Tensor) -> Float[Tensor, "draw entry"]:
+def pooled(values: Float[Tensor, "chain draw *shape"] | Tensor) -> Float[Tensor, "row entry"]:
     """Chains after one another, entries side by side, in float64 on the CPU."""
     return values.detach().cpu().double().flatten(0, 1).reshape(values.shape[:2].numel(), -1)
 
@@ -86,7 +86,7 @@ def nearly_independent(posterior: Posterior, most: int) -> Posterior:
     return posterior if per_chain >= posterior.num_draws else posterior.thin(per_chain)
 
 
-def worth(posterior: Posterior) -> float:
+def worth(posterior: Posterior) -> float | int:
     """To how many independent draws its draws amount: fewer than it has for Markov chains only."""
     total = posterior.num_chains * posterior.num_draws
     return min(total, effective_draws(posterior)) if posterior.draws_are == "markov" else total

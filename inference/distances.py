@@ -26,7 +26,7 @@ class Distance(NamedTuple):
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    power: float
+    power: float | int
     least_draws: int
 
 

@@ -31,6 +31,8 @@ _ENTRIES_AT_ONCE = 2**22
 # Directions that a figure may look along.
 _LINES = 100
 
+Number = float | int
+
 Figure = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,7 +47,7 @@ class Splits(NamedTuple):
 
     query: Int[Tensor, "null query"]
     key: Int[Tensor, "null key"]
-    factor: float
+    factor: Number
 
 
 class MomentErrors(NamedTuple):
@@ -65,10 +67,10 @@ class MomentErrors(NamedTuple):
 def random_splits(
     num_rows: int,
     *,
-    num_draws: float,
+    num_draws: Number,
     num_null: int,
     seed: int,
-    num_reference: float | None = None,
+    num_reference: Number | None = None,
 ) -> Splits:
     """Split a reference at random, again and again.
 
@@ -90,7 +92,7 @@ def random_splits(
 
 
 def figure_null(
-    reference: Float[Tensor, "reference dim"], splits: Splits, figure: Figure, power: float
+    reference: Float[Tensor, "reference dim"], splits: Splits, figure: Figure, power: Number
 ) -> Float[Tensor, " null"]:
     """Simulate the null of a figure between clouds.
 

@@ -123,7 +123,8 @@ def _loo_row(loo: Any, lppd: float) -> dict[str, Any]:
 def _differences(valid: Mapping[str, Any], notes: list[str]) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            # ArviZ calls pandas in ways that are going out of use.
+            warnings.simplefilter("ignore")
             table: Any = arviz.compare(dict(valid))
     except ValueError as error:
         notes.append(f"no differences of elpd: {error}")
