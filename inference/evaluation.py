@@ -79,7 +79,7 @@ class Evaluator:
         """Evaluate at each row.
 
         Args:
-            kind: ``"value_and_score"``, ``"hessian"``, ``"constrain"`` or ``"unconstrain"``.
+            kind: ``"value_and_score"``, ``"once"`` (the same outside of loops), ``"hessian"``, ``"constrain"`` or ``"unconstrain"``.
             rows: Unconstrained values, or constrained ones, flattened, to ``"unconstrain"``.
             subsample: Indices of all subsampled plates.
             seed: Of random operations where the program is stochastic.
@@ -151,6 +151,8 @@ class Evaluator:
         parameters: Mapping[str, Tensor],
     ) -> RecordedGraph:
         """Graph of a function of some tensors and what all graphs share, recorded if need be."""
+        if kind == "once" and self._mode != "inductor":
+            kind = "value_and_score"
         inputs = [*leading, *self._shared(subsample, parameters)]
         key = self._key(kind, inputs, parameters)
         if key not in graphs.graphs:
@@ -167,7 +169,7 @@ class Evaluator:
 
     def _is_compiled(self, kind: Hashable) -> bool:
         """Whether a graph is compiled: those that run in loops are, if any is."""
-        return self._mode == "inductor" and kind not in ("hessian", "constrain")
+        return self._mode == "inductor" and kind not in ("once", "hessian", "constrain")
 
     def _shared(
         self, subsample: Mapping[str, Tensor], parameters: Mapping[str, Tensor]

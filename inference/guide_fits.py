@@ -157,4 +157,4 @@ class GuideFit(abc.ABC):
     def log_density(self, unconstrained: Float[Tensor, "draw all"]) -> Float[Tensor, " draw"]:
         """Log density of draws; of minibatches where plates are subsampled."""
         subsample = self.density.draw_subsample(self.loop.generator)
-        return self.density.value_and_score(unconstrained, subsample)[0]
+        return self.density.value_and_score(unconstrained, subsample, is_in_loop=False)[0]

@@ -132,18 +132,24 @@ class LogDensity:
         return f"LogDensity(dim={self.dim}, sites=[{sites}], {self.settings})"
 
     def value_and_score(
-        self, particles: Float[Tensor, "particle dim"], subsample: Subsample | None = None
+        self,
+        particles: Float[Tensor, "particle dim"],
+        subsample: Subsample | None = None,
+        *,
+        is_in_loop: bool = True,
     ) -> tuple[Float[Tensor, " particle"], Float[Tensor, "particle dim"]]:
         """Log density and its gradient at each particle.
 
         Args:
             particles: Unconstrained values.
             subsample: Indices of each subsampled plate (see :meth:`draw_subsample`).
+            is_in_loop: Whether there are many such calls, so that compiling may pay.
 
         Returns:
             Unnormalized log density in nats, and score; both detached.
         """
-        value, score = self._run("value_and_score", particles, self._checked(subsample))
+        kind = "value_and_score" if is_in_loop else "once"
+        value, score = self._run(kind, particles, self._checked(subsample))
         return value, score
 
     def fused(

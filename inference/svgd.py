@@ -269,7 +269,7 @@ class _Run:
         """Values and scores of the present state."""
         subsample = self.density.draw_subsample(self.loop.generator)
         networks = self.state.networks(self.view)
-        return Watched.of(*self.density.value_and_score(networks, subsample))
+        return Watched.of(*self.density.value_and_score(networks, subsample, is_in_loop=False))
 
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
@@ -293,7 +293,7 @@ class _Run:
         state, density, view = snapshot, self.density, self.view
         networks = state.networks(view)
         values, scores = density.value_and_score(
-            networks, density.draw_subsample(self.loop.generator)
+            networks, density.draw_subsample(self.loop.generator), is_in_loop=False
         )
         phi = direction(
             state.working,
