@@ -115,18 +115,21 @@ def _shown(comparison: "Comparison") -> list[tuple[str, pd.DataFrame]]:
 
 
 def _joint_caption(table: pd.DataFrame) -> str:
-    places = {
-        f"{int(dims)} dims, {scale} scale"
-        for dims, scale in zip(table["dims"], table["scale"], strict=True)
-        if isinstance(scale, str)
-    }
+    places = _places(table)
     if not places:
         return "Runs"
-    where = f" ({places.pop()})" if len(places) == 1 else ""
+    where = f" ({places[0]})" if len(places) == 1 else ""
     return (
         f"Joint draws{where}: distances\n"
         "(in brackets: mean and 95 % point of as many exact draws; * beyond that)"
     )
+
+
+def _places(table: pd.DataFrame) -> list[str]:
+    """Where distances were taken, each place once."""
+    pairs = zip(table["dims"], table["scale"], strict=True)
+    places = (f"{int(d)} dims, {scale} scale" for d, scale in pairs if isinstance(scale, str))
+    return list(dict.fromkeys(places))
 
 
 def _site_texts(table: pd.DataFrame) -> pd.DataFrame:
@@ -155,7 +158,7 @@ def _joint_texts(table: pd.DataFrame) -> pd.DataFrame:
             for count, kind in zip(table["draws"], table["draws_are"], strict=True)
         ],
     }
-    if len({(row.dims, row.scale) for row in table.itertuples() if isinstance(row.scale, str)}) > 1:
+    if len(_places(table)) > 1:
         texts["dims"] = [_whole(value) for value in table["dims"]]
         texts["scale"] = [scale if isinstance(scale, str) else "" for scale in table["scale"]]
     for name in DISTANCES:
