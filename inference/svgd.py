@@ -155,17 +155,34 @@ class SVGD(Routine):
         num_runs = check_count("num_runs", num_runs)
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
-        if self.particle_plate is None:
-            view: ParticleView = WholeParticles(num_runs)
-        else:
-            view = PlateParticles.of(density, self.particle_plate)
+        view = self.view(density, num_runs)
         with loop.random_state(density.device):
-            networks, frame = self._starts(density, num_runs, init, loop.generator)
-            particles, outside = view.split(networks)
-            metric = chosen_metric(self.metric, *particles.shape[-2:])
-            apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
-            state = self.init(apart, outside, frame or identity(particles[:, 0]))
-            return loop.run(_Run(self, density, view, state, metric, loop))
+            return loop.run(self.begin(density, view, init, loop, num_runs))
+
+    def begin(
+        self, density: LogDensity, view: ParticleView, init: Init, loop: StepLoop, num_runs: int
+    ) -> "SVGDRun":
+        """Place the particles, and make ready for the steps of a loop.
+
+        Raises:
+            ValueError: If ``init`` does not fit, or particles are too few for the metric.
+        """
+        networks, frame = self._starts(density, num_runs, init, loop.generator)
+        particles, outside = view.split(networks)
+        metric = chosen_metric(self.metric, *particles.shape[-2:])
+        apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
+        state = self.init(apart, outside, frame or identity(particles[:, 0]))
+        return SVGDRun(self, density, view, state, metric, loop)
+
+    def view(self, density: LogDensity, num_runs: int) -> ParticleView:
+        """What a particle is.
+
+        Raises:
+            ValueError: If no latent site stands in the plate.
+        """
+        if self.particle_plate is None:
+            return WholeParticles(num_runs)
+        return PlateParticles.of(density, self.particle_plate)
 
     def init(
         self,
@@ -238,8 +255,13 @@ class SVGD(Routine):
         return points, frame.expand(num_runs)
 
 
-class _Run:
-    """The steps of one call of ``run``."""
+class SVGDRun:
+    """The steps of one call of :meth:`SVGD.run`.
+
+    Attributes:
+        state: Moves with each step.
+        num_steps: By which progress is measured.
+    """
 
     def __init__(
         self,
@@ -254,11 +276,12 @@ class _Run:
         self.state, self.frame = state, state.metric
         self.metric: Metric = metric
         self.dim, self.device = density.dim, density.device
+        self.num_steps = loop.num_steps
         self.stepper = svgd.stepper(density, view)
 
     def advance(self, step: int) -> SVGDInfo:
         """Measure the particles anew where it is time, and move them."""
-        svgd, progress = self.svgd, step / self.loop.num_steps
+        svgd, progress = self.svgd, step / self.num_steps
         if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
             measured = metric_of(self.state.particles, self.metric, self.frame)
             self.state = stein.remeasured(self.state, measured)
@@ -299,7 +322,7 @@ class _Run:
             state.working,
             state.metric.pull_back(view.split(scores)[0]),
             self.svgd.kernel,
-            self.svgd.temperature_at(attrs["num_steps"] / self.loop.num_steps),
+            self.svgd.temperature_at(attrs["num_steps"] / self.num_steps),
         )
         fields = view.lay_out(density, networks, values)
         fields["sample_stats"]["stein_norm"] = phi.norm(dim=-1)
