@@ -1,5 +1,6 @@
 """Draws of two posteriors on one scale: pooled, nearly independent, standardized by the first."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 _LEAST_DRAWS = 20
+_LARGEST_CORRELATION = 0.05
 _MOST_COORDINATES = 200
 
 
@@ -80,9 +82,19 @@ def pooled(values: Float[Tensor, "chain draw *shape"] | Tensor) -> Float[Tensor,
 
 
 def nearly_independent(posterior: Posterior, most: int) -> Posterior:
-    """Thin evenly: Markov chains to as many draws as they are worth, and all to ``most``."""
-    wanted = min(most, max(worth(posterior), _LEAST_DRAWS))
-    per_chain = max(1, int(wanted) // posterior.num_chains)
+    """Thin evenly, to ``most`` draws in all, and Markov chains until neighbors hardly resemble.
+
+    Their correlation is taken for that of an autoregression with the same effective sample size:
+    thinned to just that size, chains would keep an eighth of it, which distances between clouds,
+    unbiased for independent draws only, would show.
+    """
+    wanted = total = posterior.num_chains * posterior.num_draws
+    share = worth(posterior) / total
+    if share < 1:
+        correlation = (1 - share) / (1 + share)
+        stride = math.log(_LARGEST_CORRELATION) / math.log(correlation)
+        wanted = max(total / max(stride, 1.0), _LEAST_DRAWS)
+    per_chain = max(1, int(min(wanted, most)) // posterior.num_chains)
     return posterior if per_chain >= posterior.num_draws else posterior.thin(per_chain)
 
 

@@ -145,7 +145,7 @@ def compare(
 
     Every error stands beside what as many independent draws of the reference would have by chance
     (see :mod:`bayesattn.inference.iid_null`), so that few draws are not taken for wrong ones.
-    Markov chains are thinned to as many draws as they are worth before distances are taken.
+    Markov chains are thinned to nearly independent draws before distances are taken.
     What cannot be had is left blank, with a note.
 
     Exchangeable sites, such as heads in any order, differ though the posteriors agree: put them in

@@ -139,9 +139,10 @@ class Yardstick:
     def _thinned(self, name: str, posterior: Posterior) -> Posterior:
         thin = nearly_independent(posterior, self.max_draws)
         total, kept = (p.num_chains * p.num_draws for p in (posterior, thin))
+        is_chain = posterior.draws_are == "markov"
         if kept < total:
-            worthy = ", as many as they are worth," if worth(posterior) < self.max_draws else ""
-            self.notes.append(f"{name}: {total} draws, thinned to {kept}{worthy} for distances")
+            worthy = f", worth {worth(posterior):.0f} independent ones," if is_chain else ""
+            self.notes.append(f"{name}: {total} draws{worthy} thinned to {kept} for distances")
         return thin
 
     def _values_of(
