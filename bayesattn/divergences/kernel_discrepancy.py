@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesattn.divergences.pair_means import contrast
 from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
-from bayesattn.kernels import RBF, Kernel, squared_distances
+from bayesattn.kernels import RBF, ScalarKernel, squared_distances
 
 __all__ = ["MMD", "squared_mmd"]
 
@@ -26,7 +26,7 @@ def squared_mmd(
     key_mask: Bool[Tensor, "*#batch key"] | None = None,
     weights: Weights | None = None,
     *,
-    kernel: Kernel | None = None,
+    kernel: ScalarKernel | None = None,
     unbiased: bool = False,
 ) -> Float[Tensor, "*batch"]:
     r"""Squared maximum mean discrepancy between two clouds.
@@ -67,7 +67,7 @@ class MMD:
         unbiased: Take the U-statistic.
     """
 
-    kernel: Kernel = field(default_factory=RBF)
+    kernel: ScalarKernel = field(default_factory=RBF)
     unbiased: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class MMD:
         )
 
 
-def _with_pooled_median(kernel: Kernel, clouds: PointClouds) -> Kernel:
+def _with_pooled_median(kernel: ScalarKernel, clouds: PointClouds) -> ScalarKernel:
     _refuse_paper(kernel)
     if not _has_rule(kernel, "median"):
         return kernel
@@ -109,12 +109,12 @@ def _pooled_median(clouds: PointClouds) -> Tensor:
     return torch.maximum(median, 16 * info.eps * largest + info.tiny / info.eps)
 
 
-def _has_rule(kernel: Kernel, rule: str) -> bool:
+def _has_rule(kernel: ScalarKernel, rule: str) -> bool:
     bandwidth = getattr(kernel, "bandwidth", None)
     return isinstance(bandwidth, str) and bandwidth == rule
 
 
-def _refuse_paper(kernel: Kernel) -> None:
+def _refuse_paper(kernel: ScalarKernel) -> None:
     if _has_rule(kernel, "paper"):
         raise ValueError(
             "kernel: the bandwidth 'paper' counts the particles of one cloud; use 'median' or a "

@@ -1,0 +1,20 @@
+"""Positive-definite kernels between particles in Gram form, with repulsion and noise."""
+
+from bayesattn.kernels.distances import median_squared_distance, squared_distances
+from bayesattn.kernels.protocol import Kernel, KernelTerms, ScalarKernel, SiteKernel, Terms
+from bayesattn.kernels.radial import IMQ, RBF, pairwise_repulsion
+from bayesattn.kernels.sums import Sum
+
+__all__ = [
+    "IMQ",
+    "RBF",
+    "Kernel",
+    "KernelTerms",
+    "ScalarKernel",
+    "SiteKernel",
+    "Sum",
+    "Terms",
+    "median_squared_distance",
+    "pairwise_repulsion",
+    "squared_distances",
+]
