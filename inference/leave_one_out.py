@@ -65,6 +65,11 @@ def elpd_table(
         if posterior.draws_are in _VALID and draws >= LEAST_DRAWS and len(density) > 1:
             valid[name] = _leave_one_out(values, worth(posterior) / draws)
             rows[name] = _loo_row(valid[name], rows[name]["lppd"])
+            if bad := rows[name]["pareto_k_above_0.7"]:
+                notes.append(
+                    f"{name}: leave-one-out is not to be trusted: Pareto's k is above {_GOOD_K} at "
+                    f"{bad} of {len(density)} observations"
+                )
     if not rows:
         return None
     table = pd.DataFrame.from_dict(rows, orient="index")

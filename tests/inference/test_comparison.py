@@ -259,6 +259,18 @@ def test_leave_one_out_only_where_it_is_valid(data, generator):
     assert math.isnan(table.loc["few", "elpd_diff"])
 
 
+def test_leave_one_out_that_fails_is_noted(data, generator):
+    features, label = data
+    label = torch.cat([1 - label[:1], label[1:]])
+    features = torch.cat([30 * features[:1], features[1:]])
+    reference = fitted((features, label), generator)
+    result = compare(reference, few=fitted((), generator, 60, kind="particles"))
+    assert result.elpd is not None
+    bad = int(result.elpd.loc["reference", "pareto_k_above_0.7"])
+    assert bad > 0
+    assert f"above 0.7 at {bad} of 31 observations" in str(result)
+
+
 def test_stein_discrepancy_where_the_program_is_known(data, generator):
     from bayesattn.inference import ksd
 
