@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesattn.divergences.pair_means import contrast
 from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
-from bayesattn.kernels import RBF, ScalarKernel, squared_distances
+from bayesattn.kernels import RBF, Linear, ScalarKernel, Sum, squared_distances
 
 __all__ = ["MMD", "squared_mmd"]
 
@@ -39,7 +39,8 @@ def squared_mmd(
         weights: How much each query and each key counts: nonnegative, of any positive sum.
         kernel: :class:`~bayesattn.kernels.RBF` by default. Its bandwidth "median" is measured over
             all pairs of distinct points that take part, queries and keys pooled, whatever their
-            weights, and is a constant to differentiation. Any other kernel is used as it is.
+            weights, and is a constant to differentiation; so it is for each kernel of a sum. Any
+            other kernel is used as it is.
         unbiased: Take the U-statistic, whose mean is that of the laws that the points were drawn
             from, so that it may fall below zero; the V-statistic otherwise.
 
@@ -48,8 +49,8 @@ def squared_mmd(
 
     Raises:
         ValueError: As :func:`~bayesattn.divergences.weighted_clouds` does; if a cloud has a single
-            point and the estimate is to be unbiased; or for the bandwidth "paper", which is made
-            for one cloud.
+            point and the estimate is to be unbiased; or for a kernel that is made for one cloud:
+            the bandwidth "paper", and :class:`~bayesattn.kernels.Linear` unless it is frozen.
     """
     clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
     kernel = _with_pooled_median(RBF() if kernel is None else kernel, clouds)
@@ -71,7 +72,7 @@ class MMD:
     unbiased: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_paper(self.kernel)
+        _refuse_one_cloud(self.kernel)
 
     def __call__(
         self,
@@ -88,7 +89,9 @@ class MMD:
 
 
 def _with_pooled_median(kernel: ScalarKernel, clouds: PointClouds) -> ScalarKernel:
-    _refuse_paper(kernel)
+    _refuse_one_cloud(kernel)
+    if isinstance(kernel, Sum):
+        return Sum([_with_pooled_median(part, clouds) for part in kernel.kernels], kernel.weights)
     if not _has_rule(kernel, "median"):
         return kernel
     median = _pooled_median(clouds)
@@ -114,9 +117,16 @@ def _has_rule(kernel: ScalarKernel, rule: str) -> bool:
     return isinstance(bandwidth, str) and bandwidth == rule
 
 
-def _refuse_paper(kernel: ScalarKernel) -> None:
+def _refuse_one_cloud(kernel: ScalarKernel) -> None:
+    for part in kernel.kernels if isinstance(kernel, Sum) else ():
+        _refuse_one_cloud(part)
     if _has_rule(kernel, "paper"):
         raise ValueError(
             "kernel: the bandwidth 'paper' counts the particles of one cloud; use 'median' or a "
             f"number, got {kernel!r}"
+        )
+    if isinstance(kernel, Linear) and (_has_rule(kernel, "mean") or kernel.location is None):
+        raise ValueError(
+            "kernel: a linear kernel has location and bandwidth of one cloud; give both, as "
+            f"kernel.frozen(points) does, got {kernel!r}"
         )

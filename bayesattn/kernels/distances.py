@@ -86,6 +86,8 @@ def about_mean(
 ) -> tuple[Float[Tensor, "*batch row dim"], tuple[Tensor, Tensor]]:
     """A cloud less its mean, and that mean as a sum of two: the first row and what is left.
 
+    The mean is a constant to differentiation.
+
     Raises:
         ValueError: Without rows.
     """
@@ -93,8 +95,8 @@ def about_mean(
         raise ValueError(f"a kernel needs at least one particle, got none: shape {tuple(x.shape)}")
     x = widened(x)
     # About the first row before the mean: rows that coincide then become zero exactly.
-    first = x[..., :1, :]
-    mean = (x - first).mean(-2, keepdim=True)
+    first = x.detach()[..., :1, :]
+    mean = (x.detach() - first).mean(-2, keepdim=True)
     return x - first - mean, (first, mean)
 
 

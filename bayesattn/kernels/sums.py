@@ -5,6 +5,7 @@ r"""Weighted sums of kernels.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,7 @@ class Summable:
         return Sum((self, other))
 
 
+@dataclass(frozen=True)
 class Sum(Summable):
     """Weighted sum of number-valued kernels; ``a + b`` is one with weights of one.
 
@@ -36,31 +38,29 @@ class Sum(Summable):
         ValueError: Without kernels; if weights do not fit them or are not positive.
     """
 
-    def __init__(self, kernels: Sequence[ScalarKernel], weights: Sequence[Number] | None = None):
-        self.kernels = tuple(kernels)
-        self.weights = (1.0,) * len(self.kernels) if weights is None else tuple(weights)
+    kernels: Sequence[ScalarKernel]
+    weights: Sequence[Number] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernels", tuple(self.kernels))
+        weights = [1.0] * len(self.kernels) if self.weights is None else self.weights
+        object.__setattr__(self, "weights", tuple(weights))
         if not self.kernels:
             raise ValueError("Sum kernels: expected at least one kernel, got none")
-        if len(self.weights) != len(self.kernels):
+        if len(weights) != len(self.kernels):
             raise ValueError(
                 f"Sum weights: expected one for each of {len(self.kernels)} kernels, got "
-                f"{len(self.weights)}"
+                f"{len(weights)}"
             )
-        if not all(0.0 < weight < math.inf for weight in self.weights):
+        if not all(0.0 < weight < math.inf for weight in weights):
             raise ValueError(f"Sum weights: expected positive numbers, got {self.weights}")
-
-    def __repr__(self) -> str:
-        return f"Sum(kernels={self.kernels}, weights={self.weights})"
 
     def __call__(self, particles: Float[Tensor, "*batch particle dim"]) -> KernelTerms:
         """Gram matrix and repulsion of one cloud of particles."""
-        terms = [kernel(particles) for kernel in self.kernels]
-        squares = [part.squared_bandwidth for part in terms]
-        return KernelTerms(
-            self._sum([part.gram for part in terms]),
-            self._sum([part.repulsion for part in terms]),
-            self._mean([square for square in squares if square is not None]),
-        )
+        grams, repulsions, squares = zip(*[k(particles) for k in self.kernels], strict=True)
+        known = [square for square in squares if square is not None]
+        mean = torch.stack(known).mean(0) if known else None
+        return KernelTerms(self._sum(grams), self._sum(repulsions), mean)
 
     def gram(
         self, x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]
@@ -72,15 +72,15 @@ class Sum(Summable):
         self, particles: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch"]:
         """Mean of the kernels' squared bandwidths: a figure to watch, which nothing is made of."""
-        return self._mean([kernel.squared_bandwidth(particles) for kernel in self.kernels])
+        return torch.stack([kernel.squared_bandwidth(particles) for kernel in self.kernels]).mean(0)
 
     def frozen(self, particles: Float[Tensor, "*batch particle dim"]) -> "Sum":
         """The same sum of kernels that are fixed to what they are at these particles."""
         return Sum([kernel.frozen(particles) for kernel in self.kernels], self.weights)
 
-    def _sum(self, parts: list[Tensor]) -> Tensor:
-        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
-
-    @staticmethod
-    def _mean(squares: list[Tensor]) -> Tensor:
-        return torch.stack(squares).mean(0)
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+        assert self.weights is not None
+        first, *others = (weight * part for weight, part in zip(self.weights, parts, strict=True))
+        for part in others:
+            first = first + part
+        return first
