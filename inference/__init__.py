@@ -14,12 +14,14 @@ from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
+from bayesattn.inference.spos import SPOS
 from bayesattn.inference.stein_discrepancy import SteinDiscrepancy, ksd
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
 
 __all__ = [
     "NUTS",
+    "SPOS",
     "SVGD",
     "SVI",
     "Affine",

@@ -79,7 +79,8 @@ class Evaluator:
         """Evaluate at each row.
 
         Args:
-            kind: ``"value_and_score"``, ``"once"`` (the same outside of loops), ``"hessian"``, ``"constrain"`` or ``"unconstrain"``.
+            kind: ``"value_and_score"``, ``"once"`` (the same outside of loops), ``"hessian"``,
+                ``"constrain"`` or ``"unconstrain"``.
             rows: Unconstrained values, or constrained ones, flattened, to ``"unconstrain"``.
             subsample: Indices of all subsampled plates.
             seed: Of random operations where the program is stochastic.

@@ -21,7 +21,7 @@ from bayesattn.inference.optimizers import AdamRule, ScheduledOptimizer
 from bayesattn.inference.particle_views import ParticleView
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
-from bayesattn.kernels import Kernel
+from bayesattn.kernels import Kernel, Terms
 
 __all__ = [
     "Movement",
@@ -92,6 +92,9 @@ class Movement(NamedTuple):
         columns: Sum of their scores.
         direction: Of the particles, in working coordinates.
         outside: Score of what is outside of the particles.
+        drive: Score of the particles, in working coordinates, over the temperature.
+        values: Log density of each evaluation.
+        terms: Of the kernel.
     """
 
     log_density: Float[Tensor, " run"]
@@ -101,6 +104,9 @@ class Movement(NamedTuple):
     columns: Float[Tensor, " all"]
     direction: Float[Tensor, "run particle dim"]
     outside: Float[Tensor, "run outside"]
+    drive: Float[Tensor, "run particle dim"]
+    values: Float[Tensor, " evaluation"]
+    terms: Terms
 
 
 def direction(
@@ -166,8 +172,8 @@ def movement(
     values, scores = value_and_score(view.assemble(metric.apply(working), outside))
     inside, beside = view.split(scores)
     terms = kernel(working)
-    drive = terms.smooth(metric.pull_back(inside)) / temperature
-    phi = (drive + terms.repulsion) / working.shape[-2]
+    drive = metric.pull_back(inside) / temperature
+    phi = (terms.smooth(drive) + terms.repulsion) / working.shape[-2]
     squared = terms.squared_bandwidth
     missing = values.new_full((len(working),), torch.nan)
     return Movement(
@@ -178,6 +184,9 @@ def movement(
         columns=scores.sum(0),
         direction=phi,
         outside=beside,
+        drive=drive,
+        values=values,
+        terms=terms,
     )
 
 
@@ -255,7 +264,7 @@ class Stepper:
                 value_and_score, working, outside, metric, heat, view=view, kernel=kernel
             )
             if rule is None:
-                return tuple(figures)
+                return figures[:7]
             coefficients, mean, square, *beside = rest
             moved = rule(working, -figures.direction, mean, square, coefficients[0])
             if is_moved:

@@ -326,7 +326,8 @@ class SVGDRun:
         )
         fields = view.lay_out(density, networks, values)
         fields["sample_stats"]["stein_norm"] = phi.norm(dim=-1)
-        fields["attrs"] = fields.get("attrs", {}) | attrs
+        count = {"gradient_evaluations": attrs["num_steps"] * len(networks)}
+        fields["attrs"] = fields.get("attrs", {}) | attrs | count
         return self.svgd.posterior(
             density,
             fields.pop("draws"),
