@@ -16,9 +16,17 @@ from torch import Tensor
 
 from bayesattn.inference.log_density import LogDensity
 
-__all__ = ["Affine", "composed", "differentiable_value", "identity", "laplace"]
+__all__ = [
+    "Affine",
+    "check_hessians",
+    "composed",
+    "differentiable_value",
+    "identity",
+    "inverse_factor",
+    "laplace",
+]
 
-_LARGEST_LAPLACE_DIM = 500
+_LARGEST_HESSIAN = 500
 
 
 class Affine(NamedTuple):
@@ -130,16 +138,7 @@ def laplace(
         ValueError: If a plate is subsampled, the dimension is too large for Hessians, or no start
             reaches a finite log density.
     """
-    if density.program.subsamples:
-        raise ValueError(
-            "Laplace coordinates need the full data, but these plates are subsampled: "
-            f"{sorted(density.program.subsamples)}"
-        )
-    if density.dim > _LARGEST_LAPLACE_DIM:
-        raise ValueError(
-            f"Laplace coordinates factorize Hessians, at most {_LARGEST_LAPLACE_DIM} wide; this "
-            f"model has dimension {density.dim}: use coordinates='raw'"
-        )
+    check_hessians(density, "Laplace coordinates", instead="coordinates='raw'")
     points = 4 * torch.rand(num_starts, density.dim, generator=generator, dtype=torch.float64) - 2
     points = points.to(density.device, density.dtype)
     if starts is not None:
@@ -148,7 +147,40 @@ def laplace(
     if not bool(values.isfinite().any()):
         raise ValueError("no start of the search for the mode has a finite log density")
     best = values.nan_to_num(nan=-torch.inf).argmax()
-    return Affine(points[best], _inverse_factor(curvature[best]))
+    return Affine(points[best], inverse_factor(curvature[best]))
+
+
+def check_hessians(density: LogDensity, what: str, *, instead: str) -> None:
+    """Refuse what needs Hessians of a density that has none to give.
+
+    Args:
+        density: Whose Hessians they would be.
+        what: Needs them, in the plural.
+        instead: What to use.
+
+    Raises:
+        ValueError: If a plate is subsampled, or the dimension is too large.
+    """
+    if density.program.subsamples:
+        raise ValueError(
+            f"{what} need the full data, but these plates are subsampled: "
+            f"{sorted(density.program.subsamples)}"
+        )
+    if density.dim > _LARGEST_HESSIAN:
+        raise ValueError(
+            f"{what} factorize Hessians, at most {_LARGEST_HESSIAN} wide; this model has dimension "
+            f"{density.dim}: use {instead}"
+        )
+
+
+def inverse_factor(curvature: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """Cholesky factor of the inverse of a curvature, which is made positive first.
+
+    Where it is negative its size is taken, and what is next to none is floored.
+    """
+    unit, eigenvalues, vectors = _scaled_spectrum(curvature)
+    covariance = (vectors / eigenvalues[..., None, :]) @ vectors.mT
+    return unit[..., :, None] * torch.linalg.cholesky((covariance + covariance.mT) / 2)
 
 
 def _newton_ascent(
@@ -183,12 +215,6 @@ def _damped_step(score: Tensor, curvature: Tensor, damping: Tensor) -> tuple[Ten
     step = along / (eigenvalues + damping[..., None])
     decrement = (along.square() / eigenvalues).sum(-1)
     return unit * (vectors @ step[..., None])[..., 0], decrement
-
-
-def _inverse_factor(curvature: Float[Tensor, "dim dim"]) -> Float[Tensor, "dim dim"]:
-    unit, eigenvalues, vectors = _scaled_spectrum(curvature)
-    covariance = (vectors / eigenvalues) @ vectors.mT
-    return unit[:, None] * torch.linalg.cholesky((covariance + covariance.mT) / 2)
 
 
 def _scaled_spectrum(curvature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,6 +36,10 @@ class ParticleView(Protocol):
         """Particles (or their scores), and what is outside of them."""
         ...
 
+    def widths(self, density: LogDensity) -> dict[str, int]:
+        """Sites that a particle is made of, in their order, to their numbers of coordinates."""
+        ...
+
     def lay_out(
         self, density: LogDensity, networks: Float[Tensor, "evaluation all"], values: Tensor
     ) -> dict[str, Any]:
@@ -71,6 +75,10 @@ class WholeParticles(NamedTuple):
         """Particles (or their scores), and nothing outside of them."""
         particles = networks.unflatten(0, (self.num_runs, -1))
         return particles, particles.new_zeros(self.num_runs, 0)
+
+    def widths(self, density: LogDensity) -> dict[str, int]:
+        """All sites, to their numbers of coordinates."""
+        return {site.name: site.stop - site.start for site in density.sites}
 
     def lay_out(
         self, density: LogDensity, networks: Float[Tensor, "evaluation all"], values: Tensor
@@ -127,6 +135,15 @@ class PlateParticles(NamedTuple):
     ) -> tuple[Float[Tensor, "run particle dim"], Float[Tensor, "run outside"]]:
         """Slices (or their scores), and what is outside of them."""
         return networks[:, self.inside], networks[:, self.outside]
+
+    def widths(self, density: LogDensity) -> dict[str, int]:
+        """Sites in the plate, to the numbers of coordinates of one slice."""
+        return {
+            site.name: (site.stop - site.start) // plate.size
+            for site in density.sites
+            for plate in site.plates
+            if plate.name == self.plate
+        }
 
     def lay_out(
         self, density: LogDensity, networks: Float[Tensor, "evaluation all"], values: Tensor

@@ -11,18 +11,25 @@ Source:
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, Unpack
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn.inference import stein
-from bayesattn.inference.coordinates import Affine, identity, laplace
+from bayesattn.inference.coordinates import Affine, check_hessians, identity, laplace
 from bayesattn.inference.initialization import Init, initial_values, set_apart
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.metrics import Metric, MetricChoice, chosen_metric, metric_of
+from bayesattn.inference.metrics import (
+    Metric,
+    MetricChoice,
+    chosen_metric,
+    curvature_metric,
+    metric_of,
+)
 from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
 from bayesattn.inference.particle_views import ParticleView, PlateParticles, WholeParticles
 from bayesattn.inference.posterior import Posterior
@@ -37,7 +44,7 @@ from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
 from bayesattn.inference.step_loop import StepLoop
-from bayesattn.kernels import IMQ, Kernel
+from bayesattn.kernels import IMQ, Kernel, SiteKernel
 
 __all__ = ["SVGD", "SVGDInfo", "SVGDState", "direction"]
 
@@ -55,13 +62,16 @@ class SVGD(Routine):
         particle_plate: Instead: name of the plate whose slices are the particles of one network.
         outside: With ``particle_plate``, what sites outside of it do: ``"optimize"`` (climb the
             joint log density along) or ``"fixed"`` (stay where they start).
-        kernel: In working coordinates; IMQ with the median rule by default.
+        kernel: In working coordinates; IMQ with the median rule by default. With
+            :class:`~bayesattn.kernels.PerSite` coordinates of different sites are kept apart: no
+            metric or coordinates that mix them.
         optimizer: Makes a torch optimizer of a list of tensors; Adam at 0.1 by default.
         schedule: Factor on the learning rate by progress in [0, 1].
         metric: Working coordinates from the particles' own covariance, every ``metric_every`` steps
             for the first 70 % of a run, then frozen: ``"full"``, ``"diagonal"`` or ``"none"``;
             ``"auto"`` takes full from four particles a dimension on, else diagonal from 20
-            particles on, else none.
+            particles on, else none. Or ``"curvature"``: from the average Hessian at the particles,
+            however few they are, from the start on.
         temperature: T of the target p^(1/T), or a function of progress in [0, 1].
         coordinates: ``"raw"``, or ``"laplace"`` for badly scaled posteriors of some ten dimensions.
         **density: ``compile``, ``chunk_size``, ``stochastic``, ``max_plate_nesting``: see
@@ -81,7 +91,7 @@ class SVGD(Routine):
         num_particles: int | None = None,
         particle_plate: str | None = None,
         outside: Literal["optimize", "fixed"] = "optimize",
-        kernel: Kernel | None = None,
+        kernel: Kernel | SiteKernel | None = None,
         optimizer: Optimizer | None = None,
         schedule: Schedule = cosine_after_half,
         metric: MetricChoice = "auto",
@@ -91,7 +101,7 @@ class SVGD(Routine):
     ):
         super().__init__(model, **density)
         check_choice("outside", outside, ("optimize", "fixed"))
-        check_choice("metric", metric, ("auto", "full", "diagonal", "none"))
+        check_choice("metric", metric, get_args(MetricChoice))
         check_choice("coordinates", coordinates, ("raw", "laplace"))
         if not callable(temperature):
             check_positive("temperature", temperature)
@@ -110,6 +120,18 @@ class SVGD(Routine):
                 "coordinates='laplace' mixes the slices of a plate, so it does not go with "
                 f"particle_plate={particle_plate!r}"
             )
+        elif metric == "curvature":
+            raise ValueError(
+                "metric='curvature' is of whole networks, so it does not go with "
+                f"particle_plate={particle_plate!r}"
+            )
+        mixing = {"metric": metric, "coordinates": coordinates}.items()
+        for name, choice in mixing if isinstance(kernel, SiteKernel) else ():
+            if choice in ("full", "curvature", "laplace"):
+                raise ValueError(
+                    f"{name}={choice!r} mixes coordinates of different sites, so it does not go "
+                    f"with a kernel for each of them: {kernel!r}"
+                )
         self.num_particles, self.particle_plate = num_particles, particle_plate
         self.outside = outside
         self.kernel = IMQ() if kernel is None else kernel
@@ -128,6 +150,7 @@ class SVGD(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
+        checkpoint: Checkpoint | str | Path | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -142,6 +165,8 @@ class SVGD(Routine):
             progress: Whether to show a progress bar.
             init: Where to start; see :func:`bayesattn.inference.initial_values`. Particles that
                 would start at one place are moved a little apart.
+            checkpoint: File to save the run to, and to go on from where it is there already; see
+                :class:`bayesattn.inference.Checkpoint`.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -156,6 +181,7 @@ class SVGD(Routine):
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
         view = self.view(density, num_runs)
+        loop.save_to(checkpoint, density, num_runs=num_runs, **self.identity())
         with loop.random_state(density.device):
             return loop.run(self.begin(density, view, init, loop, num_runs))
 
@@ -165,14 +191,24 @@ class SVGD(Routine):
         """Place the particles, and make ready for the steps of a loop.
 
         Raises:
-            ValueError: If ``init`` does not fit, or particles are too few for the metric.
+            ValueError: If ``init`` does not fit, particles are too few for the metric, or the
+                program has no Hessians for it.
         """
+        if self.metric == "curvature":
+            check_hessians(density, "metrics of curvature", instead="metric='diagonal'")
         networks, frame = self._starts(density, num_runs, init, loop.generator)
         particles, outside = view.split(networks)
-        metric = chosen_metric(self.metric, *particles.shape[-2:])
+        may_mix = not isinstance(self.kernel, SiteKernel)
+        metric = chosen_metric(self.metric, *particles.shape[-2:], may_mix=may_mix)
         apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
         state = self.init(apart, outside, frame or identity(particles[:, 0]))
         return SVGDRun(self, density, view, state, metric, loop)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that a run cannot be gone on with if they are others."""
+        names = ("num_particles", "particle_plate", "outside", "metric", "coordinates", "kernel")
+        names = (*names, "optimizer", "schedule", "temperature")
+        return {name: getattr(self, name) for name in names}
 
     def view(self, density: LogDensity, num_runs: int) -> ParticleView:
         """What a particle is.
@@ -224,7 +260,16 @@ class SVGD(Routine):
 
     def stepper(self, density: LogDensity, view: ParticleView) -> Stepper:
         """Steps with these settings on a log density."""
-        return Stepper(density, view, self.kernel)
+        return Stepper(density, view, self.kernel_of(density, view))
+
+    def kernel_of(self, density: LogDensity, view: ParticleView) -> Kernel:
+        """The kernel of particles such as the view makes them.
+
+        Raises:
+            ValueError: If it was given kernels for sites that a particle does not have.
+        """
+        kernel = self.kernel
+        return kernel.over(view.widths(density)) if isinstance(kernel, SiteKernel) else kernel
 
     def temperature_at(self, progress: float) -> Number:
         """T at a progress in [0, 1].
@@ -282,9 +327,10 @@ class SVGDRun:
     def advance(self, step: int) -> SVGDInfo:
         """Measure the particles anew where it is time, and move them."""
         svgd, progress = self.svgd, step / self.num_steps
-        if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
-            measured = metric_of(self.state.particles, self.metric, self.frame)
-            self.state = stein.remeasured(self.state, measured)
+        # Starts say nothing of the posterior's spread, but its curvature at them does.
+        is_time = step % svgd.metric_every == 0 and progress <= svgd.metric_until
+        if is_time and (step or self.metric == "curvature"):
+            self.state = stein.remeasured(self.state, self._measured(self.state.particles))
         self.state, info = svgd.step(self.state, self.stepper, self.loop.generator, progress)
         return info
 
@@ -297,6 +343,28 @@ class SVGDRun:
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
         return self.state.copied()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Particles, coordinates and the optimizer's state."""
+        state = self.state
+        return {
+            "working": state.working.detach(),
+            "outside": state.outside.detach(),
+            "metric": [*state.metric],
+            "frame": [*self.frame],
+            "optimizer": state.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken."""
+        metric, frame = (
+            Affine(*(part.to(self.device) for part in state[name])) for name in ("metric", "frame")
+        )
+        with torch.no_grad():
+            self.state.working.copy_(state["working"])
+            self.state.outside.copy_(state["outside"])
+        self.state.optimizer.load_state_dict(state["optimizer"])
+        self.state, self.frame = self.state._replace(metric=metric), frame
 
     def figures(self, info: SVGDInfo) -> dict[str, float]:
         """What the bar shows."""
@@ -321,7 +389,7 @@ class SVGDRun:
         phi = direction(
             state.working,
             state.metric.pull_back(view.split(scores)[0]),
-            self.svgd.kernel,
+            self.stepper.kernel,
             self.svgd.temperature_at(attrs["num_steps"] / self.num_steps),
         )
         fields = view.lay_out(density, networks, values)
@@ -335,3 +403,8 @@ class SVGDRun:
             optimization=curves,
             **fields,
         )
+
+    def _measured(self, particles: Float[Tensor, "run particle dim"]) -> Affine:
+        if self.metric == "curvature":
+            return curvature_metric(self.density, particles, self.frame)
+        return metric_of(particles, self.metric, self.frame)
