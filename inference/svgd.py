@@ -11,8 +11,7 @@ Source:
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, Unpack, get_args
 
 import torch
@@ -150,7 +149,6 @@ class SVGD(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
-        checkpoint: Checkpoint | str | Path | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -165,8 +163,6 @@ class SVGD(Routine):
             progress: Whether to show a progress bar.
             init: Where to start; see :func:`bayesattn.inference.initial_values`. Particles that
                 would start at one place are moved a little apart.
-            checkpoint: File to save the run to, and to go on from where it is there already; see
-                :class:`bayesattn.inference.Checkpoint`.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -181,7 +177,6 @@ class SVGD(Routine):
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
         view = self.view(density, num_runs)
-        loop.save_to(checkpoint, density, num_runs=num_runs, **self.identity())
         with loop.random_state(density.device):
             return loop.run(self.begin(density, view, init, loop, num_runs))
 
@@ -203,12 +198,6 @@ class SVGD(Routine):
         apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
         state = self.init(apart, outside, frame or identity(particles[:, 0]))
         return SVGDRun(self, density, view, state, metric, loop)
-
-    def identity(self) -> dict[str, Any]:
-        """Settings that a run cannot be gone on with if they are others."""
-        names = ("num_particles", "particle_plate", "outside", "metric", "coordinates", "kernel")
-        names = (*names, "optimizer", "schedule", "temperature")
-        return {name: getattr(self, name) for name in names}
 
     def view(self, density: LogDensity, num_runs: int) -> ParticleView:
         """What a particle is.
@@ -343,28 +332,6 @@ class SVGDRun:
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
         return self.state.copied()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Particles, coordinates and the optimizer's state."""
-        state = self.state
-        return {
-            "working": state.working.detach(),
-            "outside": state.outside.detach(),
-            "metric": [*state.metric],
-            "frame": [*self.frame],
-            "optimizer": state.optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken."""
-        metric, frame = (
-            Affine(*(part.to(self.device) for part in state[name])) for name in ("metric", "frame")
-        )
-        with torch.no_grad():
-            self.state.working.copy_(state["working"])
-            self.state.outside.copy_(state["outside"])
-        self.state.optimizer.load_state_dict(state["optimizer"])
-        self.state, self.frame = self.state._replace(metric=metric), frame
 
     def figures(self, info: SVGDInfo) -> dict[str, float]:
         """What the bar shows."""
