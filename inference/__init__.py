@@ -5,6 +5,7 @@ if not __name__.startswith("bayesattn."):
         f"import bayesattn.inference, not {__name__}: under two names Python would load two copies"
     )
 
+from bayesattn.inference.checkpoints import Checkpoint
 from bayesattn.inference.comparison import Comparison, compare
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.initialization import initial_values
@@ -25,6 +26,7 @@ __all__ = [
     "SVGD",
     "SVI",
     "Affine",
+    "Checkpoint",
     "Comparison",
     "ConvergenceWarning",
     "DensitySettings",

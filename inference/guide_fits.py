@@ -136,6 +136,27 @@ class GuideFit(abc.ABC):
         """Copies of all parameters."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and the optimizer's state."""
+        return {"parameters": self.snapshot(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken.
+
+        Raises:
+            ValueError: If the parameters are others.
+        """
+        saved = state["parameters"]
+        if saved.keys() != self.parameters.keys():
+            raise ValueError(
+                f"the checkpoint has the parameters {sorted(saved)}, but this run begins with "
+                f"{sorted(self.parameters)}; parameters that come later cannot be gone on with"
+            )
+        with torch.no_grad():
+            for name, value in saved.items():
+                self.parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def figures(self, info: SVIInfo) -> dict[str, float]:
         """What the bar shows."""
         return {"elbo": float(info.elbo)}

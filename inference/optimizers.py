@@ -128,6 +128,14 @@ class ScheduledOptimizer:
             kept += [tensor.detach(), *moments[2 * index : 2 * index + 2]]
         torch._foreach_copy_(kept, list(values))  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer, without the tensors."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where a state was taken."""
+        self._optimizer.load_state_dict(state)
+
     def extend(self, tensors: Iterable[Tensor]) -> None:
         """Move further tensors too, with the rate that a new optimizer has."""
         fresh = list(tensors)

@@ -192,10 +192,13 @@ class Progress:
         total: Number of steps.
         label: The routine's name.
         show: Whether to draw the bar at all.
+        done: Steps that were done before.
     """
 
-    def __init__(self, total: int, label: str, show: bool):
-        self._bar = tqdm(total=total, desc=label, disable=not show, dynamic_ncols=True)
+    def __init__(self, total: int, label: str, show: bool, done: int = 0):
+        self._bar = tqdm(
+            total=total, desc=label, disable=not show, dynamic_ncols=True, initial=done
+        )
 
     def __enter__(self) -> "Progress":
         return self

@@ -8,13 +8,17 @@ Source:
     arXiv:1809.01293. Heads as particles: An et al. (2020), Repulsive attention, arXiv:2009.09364.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bayesattn.inference.checkpoints import Checkpoint
+from bayesattn.inference.coordinates import Affine
+from bayesattn.inference.frozen_kernels import tensors_of, with_tensors
 from bayesattn.inference.initialization import Init
 from bayesattn.inference.langevin import LangevinStepper, Noise, SPOSState
 from bayesattn.inference.log_density import LogDensity
@@ -111,6 +115,7 @@ class SPOS(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
+        checkpoint: Checkpoint | str | Path | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -125,6 +130,8 @@ class SPOS(Routine):
             seed: Of starts, subsamples and noise; fresh if None, and noted in the posterior.
             progress: Whether to show a progress bar.
             init: Where to start; see :func:`bayesattn.inference.initial_values`.
+            checkpoint: File to save the run to, and to go on from where it is there already; see
+                :class:`bayesattn.inference.Checkpoint`.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -143,6 +150,17 @@ class SPOS(Routine):
         loop = StepLoop("SPOS", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
         view = self.transient.view(density, num_runs)
+        loop.save_to(
+            checkpoint,
+            density,
+            num_runs=num_runs,
+            warmup_steps=warmup_steps,
+            thinning=thinning,
+            noise=self.noise,
+            langevin=self.langevin,
+            step_size=self.step_size,
+            **self.transient.identity() | {"outside": self.outside},
+        )
         with loop.random_state(density.device):
             start = self.transient.begin(density, view, init, loop, num_runs)
             start.num_steps = max(1, warmup_steps // 2)
@@ -212,6 +230,29 @@ class SPOSRun:
     def snapshot(self) -> tuple[Tensor, int]:
         """Where the networks are, and how many states were kept before."""
         return self._networks().clone(), len(self.kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of both phases, what was kept, and the noise's generator."""
+        state = self.state
+        return {
+            "start": self.start.state_dict(),
+            "particles": None if state is None else [state.working, state.outside, *state.metric],
+            "kernel": None if state is None else tensors_of(state.kernel),
+            "kept": [torch.stack(parts) for parts in zip(*self.kept, strict=True)],
+            "noise": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken."""
+        self.start.load_state_dict(state["start"])
+        if state["particles"] is not None:
+            working, outside, *metric = (part.to(self.device) for part in state["particles"])
+            constants = [part.to(self.device) for part in state["kernel"]]
+            kernel = with_tensors(self.spos.freeze(self.start).kernel, constants)
+            self.state = SPOSState(working, outside, Affine(*metric), kernel)
+        kept = [part.to(self.device).unbind() for part in state["kept"]]
+        self.kept = list(zip(*kept, strict=True))
+        self.generator.set_state(state["noise"])
 
     def figures(self, info: SVGDInfo) -> dict[str, float]:
         """What the bar shows."""

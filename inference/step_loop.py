@@ -10,12 +10,21 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bayesattn.inference.checkpoints import (
+    Checkpoint,
+    CheckpointFile,
+    load_random_state,
+    random_state,
+    run_identity,
+)
+from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.routine import check_count
 from bayesattn.inference.running import (
@@ -70,9 +79,17 @@ class Steps(Protocol):
         """Say which sites some entries of the scores belong to."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: mappings, sequences, tensors, plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken."""
+        ...
+
 
 class StepLoop:
-    """Runs steps with a bar, a watch, snapshots and a clean stop.
+    """Runs steps with a bar, a watch, snapshots, checkpoints and a clean stop.
 
     Args:
         label: The routine's name.
@@ -84,6 +101,7 @@ class StepLoop:
     Attributes:
         seed: As resolved.
         generator: On the CPU, seeded.
+        checkpoint: Where the run is saved, and goes on from; None at first.
 
     Raises:
         ValueError: If a number of steps is below one.
@@ -95,10 +113,30 @@ class StepLoop:
         self.num_steps = check_count("num_steps", num_steps)
         self.check_every = check_count("check_every", check_every)
         self.label, self.show = label, progress
+        self.checkpoint: CheckpointFile | None = None
+        self._given_seed = seed
         self.seed = resolve_seed(seed)
         self.generator = torch.Generator().manual_seed(self.seed)
         # Another seed, lest the two streams be the same numbers.
         self._global_seed = int(torch.randint(2**31, (), generator=self.generator))
+
+    def save_to(
+        self, checkpoint: Checkpoint | str | Path | None, density: LogDensity, **settings: Any
+    ) -> None:
+        """Save the run to a checkpoint, and go on from it where it is there already.
+
+        Args:
+            checkpoint: None for none.
+            density: Of the program.
+            **settings: What else a run is.
+
+        Raises:
+            OSError: If nothing can be written there.
+        """
+        chosen = Checkpoint.of(checkpoint)
+        if chosen is not None:
+            identity = run_identity(density, self.label, num_steps=self.num_steps, **settings)
+            self.checkpoint = CheckpointFile(chosen, identity)
 
     def random_state(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Fork and seed global random state for what draws from it."""
@@ -111,28 +149,59 @@ class StepLoop:
             NonFiniteError: With the posterior of the last good snapshot.
         """
         record = _Record(self, steps)
-        with Progress(self.num_steps, self.label, self.show) as bar, interruptible() as stop:
-            for step in range(self.num_steps):
-                if stop.is_set():
-                    break
-                is_look = (step + 1) % self.check_every == 0 or step + 1 == self.num_steps
-                before = steps.snapshot() if is_look or step == 0 else None
-                info = steps.advance(step)
-                record.note(step, info)
-                bar.advance((lambda info=info: steps.figures(info)) if is_look else None)
-                if is_look or step == 0:
-                    record.keep_if_good(step, before)
-        record.look_at_the_end()
+        self._go_on(record)
+        with Progress(self.num_steps, self.label, self.show, record.done) as bar:
+            with interruptible() as stop:
+                self._steps(record, bar, stop)
+            random = random_state({"loop": self.generator}, steps.device)
+            record.look_at_the_end()
+            self._save(record, random)
         attrs: dict[str, Any] = {}
-        if stop.is_set() and record.done < self.num_steps:
+        if record.done < self.num_steps:
             attrs["interrupted"] = 1
+            kept = "" if self.checkpoint is None else f", and is kept in {self.checkpoint.path}"
             warnings.warn(
                 f"{self.label} was interrupted after {record.done} of {self.num_steps} steps; what "
-                "it had is returned",
+                f"it had is returned{kept}",
                 RuntimeWarning,
                 stacklevel=3,
             )
         return record.finished(steps.snapshot(), record.done, **attrs)
+
+    def _steps(self, record: "_Record", bar: Progress, stop: threading.Event) -> None:
+        steps = record.steps
+        for step in range(record.done, self.num_steps):
+            if stop.is_set():
+                break
+            is_look = (step + 1) % self.check_every == 0 or step + 1 == self.num_steps
+            before = steps.snapshot() if is_look or step == 0 else None
+            info = steps.advance(step)
+            record.note(step, info)
+            bar.advance((lambda info=info: steps.figures(info)) if is_look else None)
+            if is_look or step == 0:
+                record.keep_if_good(step, before)
+            if self.checkpoint is not None and self.checkpoint.is_due(step + 1):
+                record.refuse_if_bad()
+                self._save(record, random_state({"loop": self.generator}, steps.device))
+
+    def _save(self, record: "_Record", random: dict[str, Any]) -> None:
+        if self.checkpoint is not None:
+            about = {"seed": self.seed, "random": random, "steps": record.steps.state_dict()}
+            self.checkpoint.save(about | {"record": record.state_dict()})
+
+    def _go_on(self, record: "_Record") -> None:
+        """Go to where the checkpoint is, if there is one."""
+        state = None if self.checkpoint is None else self.checkpoint.load()
+        if state is None:
+            return
+        if self._given_seed is not None and self.seed != state["seed"]:
+            raise ValueError(
+                f"the checkpoint is of a run with seed={state['seed']}, got seed={self.seed}"
+            )
+        self.seed = state["seed"]
+        record.steps.load_state_dict(state["steps"])
+        record.load_state_dict(state["record"])
+        load_random_state(state["random"], {"loop": self.generator}, record.steps.device)
 
 
 class _Record:
@@ -156,17 +225,33 @@ class _Record:
 
     def keep_if_good(self, step: int, before: Any) -> None:
         """Keep the state that this step began from, or raise."""
+        self.refuse_if_bad()
+        self.good, self.good_step = before, step
+
+    def refuse_if_bad(self) -> None:
+        """Raise if a step so far met what is not finite."""
         bad = self.watch.poll()
         if bad is not None:
             self._refuse(bad)
-        self.good, self.good_step = before, step
 
     def look_at_the_end(self) -> None:
         """Raise where the last step led to what no step has evaluated."""
         self.watch.observe(self.done, self.steps.evaluate())
-        bad = self.watch.poll()
-        if bad is not None:
-            self._refuse(bad)
+        self.refuse_if_bad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, seconds that they took, and their curves."""
+        curves = {name: torch.stack(rows, -1) for name, rows in self.curves.items()}
+        seconds = time.perf_counter() - self.start
+        return {"done": self.done, "seconds": seconds, "curves": curves}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken; the routine's own state is there already."""
+        device = self.steps.device
+        self.done, self.start = state["done"], time.perf_counter() - state["seconds"]
+        curves = state["curves"].items()
+        self.curves = {name: list(rows.to(device).unbind(-1)) for name, rows in curves}
+        self.good, self.good_step = self.steps.snapshot(), self.done
 
     def finished(self, snapshot: Any, num_steps: int, **attrs: Any) -> Posterior:
         """Posterior of a snapshot, with the curves up to it."""

@@ -41,6 +41,12 @@ class Walk:
     def snapshot(self):
         return self.height
 
+    def state_dict(self):
+        return {"height": self.height}
+
+    def load_state_dict(self, state):
+        self.height = state["height"]
+
     def figures(self, info):
         return {"height": float(info.height)}
 
