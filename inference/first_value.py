@@ -127,21 +127,31 @@ def _has_nan(leaf: Any) -> bool:
 
 
 def _refuse_spread(name: str, site: Any, num_axes: int) -> None:
-    """Refuse data that are repeated along an axis without a plate, as from (n,) to (n, n)."""
-    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    log_prob, value = site["log_prob"], site["value"]
-    if not plates or site["infer"].get("_enumerate_dim") or not isinstance(value, Tensor):
+    """Refuse data and distributions that repeat each other where no plate says that they may."""
+    plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+    distribution, value = site["fn"], site["value"]
+    if site["infer"].get("_enumerate_dim") or not isinstance(value, Tensor):
         return
-    shape = value.shape[: value.ndim - site["fn"].event_dim]
-    for axis in range(-min(log_prob.ndim, num_axes), 0):
-        size = shape[axis] if -axis <= len(shape) else 1
-        if (
-            axis not in plates
-            and -axis <= len(site["fn"].batch_shape)
-            and log_prob.shape[axis] > size
-        ):
+    shape = value.shape[: value.ndim - distribution.event_dim]
+    # Left of all plates distributions have the axes of the discrete sites, data have none.
+    batch = distribution.batch_shape[-num_axes:] if num_axes else torch.Size()
+    free = [axis for axis in range(-max(len(shape), len(batch)), 0) if axis not in plates]
+    data_repeated = [axis for axis in free if _size(batch, axis) > _size(shape, axis)]
+    distribution_repeated = [axis for axis in free if _size(shape, axis) > _size(batch, axis)]
+    # Without plates data may be many draws of one distribution, or one of many.
+    if not plates and not (data_repeated and distribution_repeated):
+        return
+    for repeated, what in ((data_repeated, "data"), (distribution_repeated, "distribution")):
+        if repeated:
+            sizes = {frame.name: frame.size for frame in plates.values()}
             raise ValueError(
                 f"at the observed site {name!r} data of shape {tuple(value.shape)} meet a "
-                f"distribution of batch shape {tuple(site['fn'].batch_shape)}, which repeats the "
-                f"data along axis {axis}, for which there is no plate; check the tensors' shapes"
+                f"distribution of batch shape {tuple(distribution.batch_shape)} in plates of sizes "
+                f"{sizes}, which repeats the {what} along axis {repeated[0]}, for which there is "
+                "no plate; check the tensors' shapes"
             )
+
+
+def _size(shape: torch.Size, axis: int) -> int:
+    """Size of an axis counted from the right; one left of the shape."""
+    return shape[axis] if -axis <= len(shape) else 1
