@@ -102,9 +102,11 @@ def show(posteriors, test, out):
     chosen = test[interesting(test, probabilities["SVGD particles"])]
     attended = svgd.predict(*chosen.inputs, sites=["attention"])
     captions = [test.intent_names[intent] for intent in chosen.intent]
-    title = "Attention of each head on each word: posterior mean and 90 % interval (SVGD)"
-    for kind in ("bars", "heatmap"):
-        figure = plots.attention(attended, chosen.words, captions=captions, title=title, kind=kind)
+    title = "Attention of each head on each word: posterior mean"
+    for kind, spread in (("bars", "and 90 % interval"), ("heatmap", "± standard deviation")):
+        figure = plots.attention(
+            attended, chosen.words, captions=captions, title=f"{title} {spread} (SVGD)", kind=kind
+        )
         figure.savefig(out / f"attention_{kind}.png", dpi=150)
     plots.scores(table, title="Held-out scores").savefig(out / "scores.png", dpi=150)
     plots.reliability(probabilities, test.intent).savefig(out / "reliability.png", dpi=150)
