@@ -215,7 +215,8 @@ class Posterior(Draws):
         """Summarize each entry of each site by figures that mean something for these draws.
 
         Markov chains get ArviZ's whole summary. Others get its statistics, R-hat between runs where
-        there are several, and Pareto's k of a guide; never an effective sample size.
+        there are several, and Pareto's k of the worst run of a guide; never an effective sample
+        size.
 
         Args:
             sites: Latent or deterministic sites; default, all latent ones.

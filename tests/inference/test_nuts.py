@@ -164,6 +164,12 @@ def test_effective_sizes_go_by_parts(generator):
     assert smallest_effective_size(draws) == pytest.approx(alone)
 
 
+def test_effective_size_of_chains_that_swing_is_not_negative():
+    """Pyro's estimate is -30: the lags of draws that alternate have sums below zero."""
+    swinging = (-1.0) ** torch.arange(30)
+    assert smallest_effective_size(swinging[None, :, None]) == 0
+
+
 def test_a_badly_scaled_posterior_is_flagged():
     def scaled():
         pyro.sample("x", dist.Normal(0.0, torch.logspace(-3, 3, 5)).to_event(1))

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.running import NonFiniteError
+from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
 from bayesattn.inference.svi import SVI
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -253,6 +253,24 @@ def test_runs_are_chains_and_the_first_is_that_of_a_single_run(generator):
     assert several.optimization["elbo"].shape == (3, 20)
     assert torch.equal(several.draws["mean"][:1], one.draws["mean"])
     assert torch.equal(several.optimization["elbo"][:1], one.optimization["elbo"])
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(0.0, 10.0))
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("modes", torch.logaddexp(-8 * (x - 4) ** 2, -8 * (x + 4) ** 2))
+
+
+def test_runs_that_disagree_are_warned_of():
+    with pytest.warns(ConvergenceWarning, match=r"^SVI: the 4 runs disagree.*\d, at site 'x'"):
+        posterior = run(SVI(two_modes), num_runs=4)
+    assert len(posterior.attrs["problems"]) == 1
+
+
+def test_runs_that_agree_and_points_are_not_warned_of():
+    assert run(SVI(gaussian), num_runs=3).attrs["problems"] == []
+    guide = AutoDelta(gaussian)
+    assert run(SVI(gaussian, guide=guide), num_runs=2, num_steps=3).attrs["problems"] == []
 
 
 # ---------------------------------------------------------------- parameters to learn
