@@ -13,10 +13,10 @@ from pyro.poutine import runtime
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.running import private_param_store
+from bayesattn.inference.traceable_distributions import traceable_distributions
 
 __all__ = ["apart_from_handlers", "data_defaults", "quiet_pyro"]
 
@@ -49,7 +49,7 @@ def quiet_pyro(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with (
         pyro.validation_enabled(False),
-        _unchecked_distributions(),
+        traceable_distributions(),
         apart_from_handlers(),
         private_param_store(_EMPTY_STORE),
         data_defaults(args, kwargs),
@@ -81,29 +81,6 @@ def data_defaults(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _unchecked_distributions() -> Iterator[None]:
-    """Let no distribution look at values or parameters, not even one that was told to.
-
-    What stood outside of the program when it was expanded has been told so by torch, which keeps
-    the switch of that moment with the distribution, out of the reach of Pyro's.
-    """
-    sample, init = Distribution._validate_sample, Distribution.__init__
-
-    @functools.wraps(init)
-    def unchecked(self: Distribution, *args: Any, **kwargs: Any) -> None:
-        # The switch is the last of three arguments.
-        init(self, *args[:2], **kwargs | {"validate_args": False})
-
-    Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
-    Distribution.__init__ = unchecked  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Distribution._validate_sample = sample  # type: ignore[method-assign]
-        Distribution.__init__ = init  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

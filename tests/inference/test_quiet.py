@@ -88,3 +88,51 @@ def test_checks_are_as_they_were_afterwards(generator):
         dist.HalfNormal(1.0).log_prob(torch.tensor(-1.0))
     with pytest.raises(ValueError, match="constraint"):
         dist.Normal(0.0, torch.tensor(-1.0))
+
+
+def counts(data):
+    share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("row", len(data)):
+        pyro.sample("count", dist.Multinomial(total_count=5, probs=share), obs=data)
+
+
+def impossible_counts(data):
+    """The second kind cannot be, and never was."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    logits = torch.stack([x, torch.full_like(x, -torch.inf), torch.zeros_like(x)])
+    with pyro.plate("row", len(data)):
+        pyro.sample("count", dist.Multinomial(total_count=5, logits=logits), obs=data)
+
+
+def ratings(data):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    gaps = pyro.sample("gaps", dist.LogNormal(torch.zeros(3), 0.1).to_event(1))
+    cuts = gaps.cumsum(-1)
+    with pyro.plate("row", len(data)):
+        pyro.sample("rating", dist.OrderedLogistic(x.expand(len(data)), cuts), obs=data)
+
+
+COUNTS = torch.tensor([[3.0, 0.0, 2.0], [1.0, 0.0, 4.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("program", "data"),
+    [
+        (counts, COUNTS),
+        (impossible_counts, COUNTS),
+        (ratings, torch.tensor([0, 3, 1, 2, 2])),
+    ],
+)
+def test_formulas_that_write_in_place_are_recorded(program, data, generator):
+    density = LogDensity(program, data)
+    rows = 0.5 * torch.randn(3, density.dim, generator=generator)
+    value, score = density.value_and_score(rows)
+    for row, found, slope in zip(rows, value, score, strict=True):
+        values = {name: v[0] for name, v in density.constrain(row[None]).items()}
+        trace = pyro.poutine.trace(pyro.condition(program, values)).get_trace(data)
+        expected = trace.log_prob_sum() + density.log_determinant(row[None])[0]
+        torch.testing.assert_close(found, expected)
+        assert slope.isfinite().all()
+    step = 1e-6 * torch.randn(3, density.dim, generator=generator)
+    moved = density.value_and_score(rows + step)[0] - density.value_and_score(rows - step)[0]
+    torch.testing.assert_close((score * step).sum(1), moved / 2, rtol=1e-4, atol=1e-9)
