@@ -5,6 +5,7 @@ that :func:`build_tree` makes. This module knows arrays only, neither torch nor 
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,8 +95,9 @@ def summarize(
 
     Returns:
         One row per entry of a site. For Markov chains :func:`arviz.summary` whole; else its
-        statistics with ``r_hat`` where there are several runs; ``sd_ratio`` to the reference (below
-        one: too narrow) and ``pareto_k`` of the guide (above 0.7: not to be trusted) where given.
+        statistics, of a single point its value alone; ``r_hat`` where there are several runs;
+        ``sd_ratio`` to the reference (below one: too narrow) and ``pareto_k`` of the guide (above
+        0.7: not to be trusted) where given.
     """
     options = {"round_to": "none", **options}
     # Entries that never vary, such as weights of padding, have no R-hat; that is no news.
@@ -129,14 +131,20 @@ def _table(
     reference: Any,
     options: Mapping[str, Any],
 ) -> pd.DataFrame:
-    table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     draws = data["posterior"].sizes["draw"]
+    with warnings.catch_warnings():
+        if draws * num_chains == 1:
+            # Spreads of a single point, which are left out below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+        table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     # ArviZ's R-hat splits each chain in two and needs two draws in each half.
     if not markov and num_chains > 1 and draws >= 4:
         table["r_hat"] = arviz.summary(data, kind="diagnostics", **options)["r_hat"]
     if reference is not None:
         spread: Any = arviz.summary(reference, kind="stats", **options)["sd"]
         table["sd_ratio"] = table["sd"] / spread.reindex(table.index)
+    if draws * num_chains == 1:
+        table = table[["mean"]]
     if log_weights is not None:
         table["pareto_k"] = pareto_k(log_weights)
     return table

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.arguments import Bound, describe_arguments, named_arguments
+from bayesattn.inference.handlers import first_line
 from bayesattn.inference.prior_run import protected_tensors
 from bayesattn.inference.program import Program
 from bayesattn.inference.quiet import quiet_pyro
@@ -52,7 +53,7 @@ def check_first_value(
         except Exception as error:
             raise ValueError(
                 f"the model has no log density at or after site {run.last_site!r} on "
-                f"{describe_arguments(bound.args, bound.kwargs)}: {error}"
+                f"{describe_arguments(bound.args, bound.kwargs)}: {first_line(error)}"
             ) from error
         return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
