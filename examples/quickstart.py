@@ -87,7 +87,7 @@ def show(posteriors, test, out):
     rows = {
         name: {metric: f"{value:.4f} ± {error:.4f}" for metric, (value, error) in row.items()}
         | {
-            "mean log joint": f"{float(posteriors[name].sample_stats['lp'].mean()):.0f}",
+            "mean log density": f"{float(posteriors[name].sample_stats['lp'].mean()):.0f}",
             "seconds": f"{posteriors[name].attrs['seconds']:.0f}",
         }
         for name, row in table.items()
@@ -111,7 +111,7 @@ def show(posteriors, test, out):
     plots.scores(table, title="Held-out scores").savefig(out / "scores.png", dpi=150)
     plots.reliability(probabilities, test.intent).savefig(out / "reliability.png", dpi=150)
     curves = {
-        "SVGD: mean log joint": posteriors["SVGD particles"].optimization["log_density"],
+        "SVGD: mean log density": posteriors["SVGD particles"].optimization["log_density"],
         "SVI: ELBO": posteriors["SVI normal"].optimization["elbo"],
     }
     plots.optimization(curves, smooth=25).savefig(out / "optimization.png", dpi=150)

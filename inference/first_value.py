@@ -7,9 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from bayesattn.inference.arguments import Bound, describe_arguments, named_arguments
+from bayesattn.inference.arguments import Bound, describe_arguments, found_nan
 from bayesattn.inference.handlers import first_line
 from bayesattn.inference.prior_run import protected_tensors
 from bayesattn.inference.program import Program
@@ -109,22 +108,10 @@ def _refuse_nan(bound: Bound, sites: Mapping[str, Any]) -> None:
     if not names:
         return
     entries = sites[names[0]]["log_prob"].isnan()
-    suspects = [
-        name
-        for name, value in named_arguments(*bound).items()
-        if any(_has_nan(leaf) for leaf in tree_leaves(value))
-    ]
-    found = f"; NaN was found in the data: argument {', '.join(map(repr, suspects))}"
     raise ValueError(
         f"the log probability at site {names[0]!r} is NaN in {int(entries.sum())} of "
-        f"{entries.numel()} entries" + found * bool(suspects)
+        f"{entries.numel()} entries{found_nan(*bound)}"
     )
-
-
-def _has_nan(leaf: Any) -> bool:
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
-        return bool(np.isnan(leaf).any())
-    return isinstance(leaf, Tensor) and bool(leaf.isnan().any())
 
 
 def _refuse_spread(name: str, site: Any, num_axes: int) -> None:

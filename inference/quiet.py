@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.running import private_param_store
-from bayesattn.inference.traceable_distributions import traceable_distributions
+from bayesattn.inference.traceable import traceable_distributions
 
 __all__ = ["apart_from_handlers", "data_defaults", "quiet_pyro"]
 
