@@ -5,6 +5,7 @@ if not __name__.startswith("bayesattn."):
         f"import bayesattn.inference, not {__name__}: under two names Python would load two copies"
     )
 
+from bayesattn.inference.comparison import Comparison, compare
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.initialization import initial_values
 from bayesattn.inference.log_density import DensitySettings, LogDensity
@@ -13,14 +14,18 @@ from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
+from bayesattn.inference.spos import SPOS
+from bayesattn.inference.stein_discrepancy import SteinDiscrepancy, ksd
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
 
 __all__ = [
     "NUTS",
+    "SPOS",
     "SVGD",
     "SVI",
     "Affine",
+    "Comparison",
     "ConvergenceWarning",
     "DensitySettings",
     "GraphCache",
@@ -28,7 +33,10 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "RecordingError",
+    "SteinDiscrepancy",
+    "compare",
     "initial_values",
+    "ksd",
     "laplace",
     "match_heads",
 ]

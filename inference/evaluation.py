@@ -20,6 +20,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bayesattn.inference.arguments import Bound
+from bayesattn.inference.compilation import Mode
 from bayesattn.inference.fingerprints import Same, fingerprint
 from bayesattn.inference.particle_functions import KINDS
 from bayesattn.inference.program import Program
@@ -50,6 +51,7 @@ class Evaluator:
         reach: Its modules and variables.
         graphs: Where recorded graphs are kept, or None to run Pyro's handlers at every call.
         stochastic: Whether random operations are allowed; each row sees the same ones.
+        mode: ``"inductor"`` to compile the graphs that run in loops.
     """
 
     def __init__(
@@ -59,7 +61,10 @@ class Evaluator:
         reach: Reach,
         graphs: GraphCache | None,
         stochastic: bool,
+        mode: Mode = "record",
     ):
+        self._mode = mode
+        self._last_run: Substitution | None = None
         self._bound, self._program, self._reach = bound, program, reach
         self._graphs, self._stochastic = graphs, stochastic
         leaves, self._spec = tree_flatten((bound.args, bound.kwargs))
@@ -74,7 +79,8 @@ class Evaluator:
         """Evaluate at each row.
 
         Args:
-            kind: ``"value_and_score"``, ``"hessian"``, ``"constrain"`` or ``"unconstrain"``.
+            kind: ``"value_and_score"``, ``"once"`` (the same outside of loops), ``"hessian"``,
+                ``"constrain"`` or ``"unconstrain"``.
             rows: Unconstrained values, or constrained ones, flattened, to ``"unconstrain"``.
             subsample: Indices of all subsampled plates.
             seed: Of random operations where the program is stochastic.
@@ -86,41 +92,101 @@ class Evaluator:
         with torch.no_grad(), self._noise(seed):
             # Inverse bijections select by masks, which recording is slow at; none runs in a loop.
             if self._graphs is None or kind == "unconstrain":
-                inputs = self._inputs(rows, subsample, parameters)
+                inputs = [rows, *self._shared(subsample, parameters)]
                 return self._run_unrecorded(kind, inputs, tuple(parameters), seed)
-            graph, inputs = self._graph(self._graphs, kind, rows, subsample, parameters)
-            return tuple(graph(*inputs))
+            function = self._function(kind, tuple(parameters))
+            graph = self._graph(self._graphs, kind, function, (rows,), subsample, parameters)
+            return tuple(graph(rows, *self._shared(subsample, parameters)))
+
+    def fused(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        key: Hashable,
+        tensors: tuple[Tensor, ...],
+        subsample: Mapping[str, Tensor],
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Record a function that has the log density in it as one graph.
+
+        Args:
+            function: Takes value and score, as a function of rows, and tensors; pure.
+            key: Stands for the function: equal keys, equal functions.
+            tensors: Examples.
+            subsample: An example.
+
+        Returns:
+            Function of tensors, subsample and a seed. As long as it is used, modules and variables
+            that the program can reach must stay the same ones; their tensors may be written.
+
+        Raises:
+            RecordingError: If the function or the program cannot be recorded.
+        """
+        parameters = current_parameters(self._program)
+        density = self._function("value_and_score", tuple(parameters))
+        count = len(tensors)
+
+        def whole(*inputs: Tensor) -> tuple[Tensor, ...]:
+            shared = inputs[count:]
+            return tuple(function(lambda rows: density(rows, *shared), *inputs[:count]))
+
+        assert self._graphs is not None
+        with torch.no_grad(), self._noise(0):
+            head = ("fused", key)
+            graph = self._graph(self._graphs, head, whole, tensors, subsample, parameters)
+
+        def replay(
+            tensors: tuple[Tensor, ...], subsample: Mapping[str, Tensor], seed: int = 0
+        ) -> tuple[Tensor, ...]:
+            shared = self._shared(subsample, current_parameters(self._program))
+            with torch.no_grad(), self._noise(seed):
+                return graph(*tensors, *shared)
+
+        return replay
 
     def _graph(
         self,
         graphs: GraphCache,
-        kind: str,
-        rows: Tensor,
+        kind: Hashable,
+        function: Callable[..., tuple[Tensor, ...]],
+        leading: tuple[Tensor, ...],
         subsample: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
-    ) -> tuple[RecordedGraph, list[Tensor]]:
-        inputs = self._inputs(rows, subsample, parameters)
+    ) -> RecordedGraph:
+        """Graph of a function of some tensors and what all graphs share, recorded if need be."""
+        if kind == "once" and self._mode != "inductor":
+            kind = "value_and_score"
+        inputs = [*leading, *self._shared(subsample, parameters)]
         key = self._key(kind, inputs, parameters)
         if key not in graphs.graphs:
             # A module or function that was replaced may reach others than the one before.
             self._reach = self._reach.renewed(*self._bound)
-            inputs = self._inputs(rows, subsample, parameters)
+            inputs = [*leading, *self._shared(subsample, parameters)]
             key = self._key(kind, inputs, parameters)
-        return graphs.get(key, lambda: self._record(kind, inputs, tuple(parameters))), inputs
 
-    def _inputs(
-        self, rows: Tensor, subsample: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+        def make() -> RecordedGraph:
+            graph = self._record(function, inputs)
+            return graph.compile(inputs) if self._is_compiled(kind) else graph
+
+        return graphs.get(key, make)
+
+    def _is_compiled(self, kind: Hashable) -> bool:
+        """Whether a graph is compiled: those that run in loops are, if any is."""
+        return self._mode == "inductor" and kind not in ("once", "hessian", "constrain")
+
+    def _shared(
+        self, subsample: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> list[Tensor]:
+        """Inputs of all graphs, after their own."""
         moving = (*subsample.values(), *parameters.values())
-        return [rows, *self._data, *moving, *self._reach.tensors()]
+        return [*self._data, *moving, *self._reach.tensors()]
 
     def _key(
-        self, kind: str, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]
+        self, kind: Hashable, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]
     ) -> Hashable:
         device = inputs[0].device.type
         return (
             self._token,
             kind,
+            self._is_compiled(kind),
             torch.get_default_dtype(),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             tuple(parameters),
@@ -142,14 +208,13 @@ class Evaluator:
         )
 
     def _record(
-        self, kind: str, inputs: Sequence[Tensor], parameters: tuple[str, ...]
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
     ) -> RecordedGraph:
-        runs: list[Substitution] = []
-        function = self._function(kind, parameters, note=runs.append)
+        self._last_run = None
         try:
             return record(function, tuple(tensor.detach() for tensor in inputs))
         except RecordingError as error:
-            last = runs[-1].last_site if runs else None
+            last = self._last_run.last_site if self._last_run else None
             place = "before its first site" if last is None else f"at or after site {last!r}"
             raise RecordingError(
                 f"the model cannot be recorded: {place}, {error}. Write choices with torch.where "
@@ -181,7 +246,6 @@ class Evaluator:
         self,
         kind: str,
         parameters: tuple[str, ...],
-        note: Callable[[Substitution], None] = lambda run: None,
     ) -> Callable[..., tuple[Tensor, ...]]:
         """Return the pure function of all inputs that a kind of evaluation is."""
         program, single = self._program, KINDS[kind]
@@ -196,7 +260,7 @@ class Evaluator:
 
             def joint(**values: Any) -> tuple[Tensor, Substitution]:
                 run = Substitution(program, **values, **given)
-                note(run)
+                self._last_run = run
                 return log_joint(joint_trace(bound, program, run), program, run), run
 
             randomness = "same" if self._stochastic else "error"

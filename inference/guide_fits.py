@@ -19,6 +19,7 @@ from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.optimizers import ScheduledOptimizer
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.quiet import data_defaults
+from bayesattn.inference.running import Watched
 from bayesattn.inference.step_loop import StepLoop
 
 __all__ = ["FIRST_SCALE", "GUIDES", "GuideFit", "SVIInfo"]
@@ -38,13 +39,11 @@ class SVIInfo(NamedTuple):
 
     Attributes:
         elbo: Estimate before the step, in nats.
-        values: The same, watched for non-finite values.
-        scores: Score at draws of the guide, or gradients by the guide's parameters.
+        watched: The same, and the score at draws of the guide or gradients by its parameters.
     """
 
     elbo: Float[Tensor, " run"]
-    values: Float[Tensor, " evaluation"]
-    scores: Float[Tensor, "evaluation dim"]
+    watched: Watched
 
 
 class GuideFit(abc.ABC):
@@ -124,14 +123,14 @@ class GuideFit(abc.ABC):
         known = len(self.parameters)
         elbo = -self.differentiate()[None]
         self.optimizer.extend(list(self.parameters.values())[known:])
-        info = SVIInfo(elbo, elbo, self.watched())
+        info = SVIInfo(elbo, Watched.of(elbo, self.watched()))
         self.optimizer.step(step / self.loop.num_steps)
         return info
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
+    def evaluate(self) -> Watched:
         """Sums of the parameters, which are finite where they all are."""
         sums = torch.stack([value.detach().sum() for value in self.parameters.values()])
-        return sums, sums.new_zeros(1, self.dim)
+        return Watched(sums.sum(), sums.new_zeros(self.dim))
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of all parameters."""
@@ -158,4 +157,4 @@ class GuideFit(abc.ABC):
     def log_density(self, unconstrained: Float[Tensor, "draw all"]) -> Float[Tensor, " draw"]:
         """Log density of draws; of minibatches where plates are subsampled."""
         subsample = self.density.draw_subsample(self.loop.generator)
-        return self.density.value_and_score(unconstrained, subsample)[0]
+        return self.density.value_and_score(unconstrained, subsample, is_in_loop=False)[0]

@@ -7,20 +7,22 @@ The program is run by Pyro's handlers once, under ``vmap``, and recorded as a st
 value and gradient. That graph, not Pyro, runs at every call.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.inference.arguments import bound
+from bayesattn.inference.compilation import Compile, Mode, resolved_mode
 from bayesattn.inference.evaluation import Evaluator, current_parameters
 from bayesattn.inference.first_value import check_first_value
 from bayesattn.inference.program import Latent, Program, read_program
 from bayesattn.inference.reach import Reach
-from bayesattn.inference.recording import GraphCache
+from bayesattn.inference.recording import GraphCache, RecordingError
 
 __all__ = ["DensitySettings", "LogDensity"]
 
@@ -32,8 +34,10 @@ class DensitySettings:
     """How a log density is evaluated.
 
     Attributes:
-        compile: ``"record"`` replays a recorded graph; ``"none"`` runs Pyro's handlers at every
-            call, which is slow and allows control flow on latent values.
+        compile: ``"record"`` replays a recorded graph; ``"inductor"`` compiles it to machine code,
+            which takes some seconds; ``"none"`` runs Pyro's handlers at every call, which is slow
+            and allows control flow on latent values; ``"auto"`` records, and routines compile where
+            a run is long enough to pay for it: see :func:`bayesattn.inference.resolved_mode`.
         chunk_size: Most particles evaluated at once, to bound memory; all by default.
         stochastic: Allow random operations other than sample sites; each call draws them anew,
             shared by all particles.
@@ -41,15 +45,16 @@ class DensitySettings:
         graphs: Where recorded graphs are kept; give the same to several densities to share them.
     """
 
-    compile: Literal["record", "none"] = "record"
+    compile: Compile = "auto"
     chunk_size: int | None = None
     stochastic: bool = False
     max_plate_nesting: int | None = None
     graphs: GraphCache = field(default_factory=GraphCache, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.compile not in ("record", "none"):
-            raise ValueError(f"compile must be 'record' or 'none', got {self.compile!r}")
+        if self.compile not in get_args(Compile):
+            choices = ", ".join(map(repr, get_args(Compile)))
+            raise ValueError(f"compile must be one of {choices}, got {self.compile!r}")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least one particle, got {self.chunk_size}")
 
@@ -68,6 +73,7 @@ class LogDensity:
     Attributes:
         program: The program's sites, as one run showed them.
         settings: As given.
+        mode: How it is evaluated: ``"none"``, ``"record"`` or ``"inductor"``.
 
     Raises:
         ValueError: If the program fails on its arguments, has nothing to infer, or does what a log
@@ -88,7 +94,8 @@ class LogDensity:
         )
         # What the program itself changes says nothing of whether it is still the same.
         reach = Reach(*program, unwatched=Reach(*program).changed_since(before))
-        recorded, stochastic = self.settings.compile == "record", self.settings.stochastic
+        self.mode: Mode = resolved_mode(self.settings.compile, self.program.device)
+        recorded, stochastic = self.mode != "none", self.settings.stochastic
         check_first_value(
             program,
             self.program,
@@ -97,7 +104,7 @@ class LogDensity:
             random_numbers=("torch" if recorded else "any") if stochastic else "none",
         )
         graphs = self.settings.graphs if recorded else None
-        self._evaluate = Evaluator(program, self.program, reach, graphs, stochastic)
+        self._evaluate = Evaluator(program, self.program, reach, graphs, stochastic, self.mode)
         self._generator = torch.Generator().manual_seed(0)
 
     @property
@@ -125,19 +132,62 @@ class LogDensity:
         return f"LogDensity(dim={self.dim}, sites=[{sites}], {self.settings})"
 
     def value_and_score(
-        self, particles: Float[Tensor, "particle dim"], subsample: Subsample | None = None
+        self,
+        particles: Float[Tensor, "particle dim"],
+        subsample: Subsample | None = None,
+        *,
+        is_in_loop: bool = True,
     ) -> tuple[Float[Tensor, " particle"], Float[Tensor, "particle dim"]]:
         """Log density and its gradient at each particle.
 
         Args:
             particles: Unconstrained values.
             subsample: Indices of each subsampled plate (see :meth:`draw_subsample`).
+            is_in_loop: Whether there are many such calls, so that compiling may pay.
 
         Returns:
             Unnormalized log density in nats, and score; both detached.
         """
-        value, score = self._run("value_and_score", particles, self._checked(subsample))
+        kind = "value_and_score" if is_in_loop else "once"
+        value, score = self._run(kind, particles, self._checked(subsample))
         return value, score
+
+    def fused(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        key: Hashable,
+        tensors: tuple[Tensor, ...],
+        subsample: Subsample | None = None,
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """Make one graph of a function that has this log density in it.
+
+        Args:
+            function: Takes value and score, as a function of particles, and tensors, and returns
+                tensors; pure.
+            key: Stands for the function among the graphs that are kept: equal keys, equal
+                functions.
+            tensors: Examples of the tensors.
+            subsample: Example of the indices of each subsampled plate.
+
+        Returns:
+            Function of the tensors, in a tuple, and subsample indices. Good as long as the program
+            reaches the same modules and variables; what their tensors hold may change. Where
+            nothing is recorded, or particles go in chunks, or the function cannot be recorded, it
+            is simply called.
+        """
+        if self.mode != "none" and self.settings.chunk_size is None:
+            with contextlib.suppress(RecordingError):
+                replay = self._evaluate.fused(function, key, tensors, self._checked(subsample))
+                return lambda tensors, subsample=None: replay(
+                    tensors, self._checked(subsample), self._fresh_seed()
+                )
+
+        def call(
+            tensors: tuple[Tensor, ...], subsample: Subsample | None = None
+        ) -> tuple[Tensor, ...]:
+            return function(lambda rows: self.value_and_score(rows, subsample), *tensors)
+
+        return call
 
     def value_score_and_hessian(
         self, particles: Float[Tensor, "particle dim"], subsample: Subsample | None = None

@@ -5,17 +5,60 @@ one, such as ``functools.partial(torch.optim.SGD, lr=0.1)``, because its tensors
 """
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.inference.schedules import Schedule
 
-__all__ = ["Optimizer", "ScheduledOptimizer", "check_optimizer"]
+__all__ = ["AdamRule", "Optimizer", "ScheduledOptimizer", "check_optimizer"]
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+# Above this, torch's own step, which moves tensors in place, costs no time that would be seen.
+_MOST_ENTRIES = 2**18
+
+
+class AdamRule(NamedTuple):
+    r"""Adam's update as a function of tensors, so that a graph can hold it.
+
+    .. math:: m' = \beta_1 m + (1 - \beta_1) g, \quad v' = \beta_2 v + (1 - \beta_2) g^2, \quad
+              x' = x - \frac{a\, m'}{\sqrt{v'} / b + \varepsilon}
+
+    Attributes:
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+
+    Source:
+        Kingma and Ba (2015), Adam, arXiv:1412.6980, algorithm 1.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+
+    def coefficients(self, rate: float, count: int) -> tuple[float, float]:
+        """A and b of the update that is the given one in number, counted from one."""
+        first, second = self.betas
+        return rate / (1 - first**count), (1 - second**count) ** 0.5
+
+    def __call__(
+        self,
+        value: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        mean: Float[Tensor, "*shape"],
+        square: Float[Tensor, "*shape"],
+        coefficients: Float[Tensor, "2"],
+    ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+        """Return value and moments after one update."""
+        first, second = self.betas
+        mean = mean + (1 - first) * (gradient - mean)
+        square = second * square + (1 - second) * gradient * gradient
+        denominator = square.sqrt() / coefficients[1] + self.eps
+        return value - coefficients[0] * (mean / denominator), mean, square
 
 
 class ScheduledOptimizer:
@@ -39,6 +82,51 @@ class ScheduledOptimizer:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()
+
+    @property
+    def rule(self) -> AdamRule | None:
+        """The optimizer as a function of tensors, where it is plain Adam on small tensors."""
+        optimizer = self._optimizer
+        if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
+            return None
+        group = optimizer.param_groups[0]
+        hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        others = ("amsgrad", "maximize", "weight_decay", "differentiable", "capturable")
+        is_plain = not any(map(len, hooks)) and not any(group[name] for name in others)
+        is_small = sum(tensor.numel() for tensor in self._tensors) <= _MOST_ENTRIES
+        if not is_plain or not is_small or isinstance(group["lr"], Tensor):
+            return None
+        return AdamRule(tuple(group["betas"]), group["eps"])
+
+    def moments(self) -> list[Tensor]:
+        """Both moments of each tensor, one tensor after the other, as :attr:`rule` takes them."""
+        found = []
+        for tensor in self._tensors:
+            state = self._optimizer.state[tensor]
+            if not state:
+                # As Adam would at its first step.
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(tensor, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(tensor, requires_grad=False)
+            found += [state["exp_avg"], state["exp_avg_sq"]]
+        return found
+
+    def coefficients(self, rule: AdamRule, progress: float) -> Float[Tensor, "tensor 2"]:
+        """Those of the next update of each tensor, which is counted."""
+        factor, rows = self._schedule(progress), []
+        for tensor in self._tensors:
+            count = self._optimizer.state[tensor]["step"]
+            count += 1
+            rows.append(rule.coefficients(self._rates[0] * factor, int(count)))
+        like = self._tensors[0]
+        return torch.tensor(rows, dtype=like.dtype).to(like.device, non_blocking=True)
+
+    def accept(self, values: Sequence[Tensor]) -> None:
+        """Take over each tensor's value and moments after an update by :attr:`rule`."""
+        kept, moments = [], self.moments()
+        for index, tensor in enumerate(self._tensors):
+            kept += [tensor.detach(), *moments[2 * index : 2 * index + 2]]
+        torch._foreach_copy_(kept, list(values))  # type: ignore[attr-defined]
 
     def extend(self, tensors: Iterable[Tensor]) -> None:
         """Move further tensors too, with the rate that a new optimizer has."""

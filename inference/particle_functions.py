@@ -57,6 +57,8 @@ def unconstrain(joint: Joint, program: Program, row: Tensor) -> tuple[Tensor, ..
 
 KINDS: dict[str, Callable[[Joint, Program, Tensor], tuple[Tensor, ...]]] = {
     "value_and_score": value_and_score,
+    # The same outside of loops.
+    "once": value_and_score,
     "hessian": hessian,
     "constrain": constrain,
     "unconstrain": unconstrain,

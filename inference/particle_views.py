@@ -4,6 +4,7 @@ A view assembles the unconstrained vectors that a log density takes from particl
 outside of them, splits scores alike, and lays the result out as a posterior.
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -17,6 +18,11 @@ __all__ = ["ParticleView", "PlateParticles", "WholeParticles"]
 @runtime_checkable
 class ParticleView(Protocol):
     """One reading of the word particle."""
+
+    @property
+    def key(self) -> Hashable:
+        """What stands for the view of one program: equal keys, equal functions."""
+        ...
 
     def assemble(
         self, particles: Float[Tensor, "run particle dim"], outside: Float[Tensor, "run outside"]
@@ -45,6 +51,11 @@ class WholeParticles(NamedTuple):
     """
 
     num_runs: int
+
+    @property
+    def key(self) -> Hashable:
+        """Number of runs."""
+        return self.num_runs
 
     def assemble(
         self,
@@ -86,6 +97,11 @@ class PlateParticles(NamedTuple):
     plate: str
     inside: Int[Tensor, "particle dim"]
     outside: Int[Tensor, " outside"]
+
+    @property
+    def key(self) -> Hashable:
+        """The plate's name."""
+        return self.plate
 
     @classmethod
     def of(cls, density: LogDensity, plate: str) -> "PlateParticles":

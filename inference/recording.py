@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bayesattn.inference.compilation import compiled
 from bayesattn.inference.simplification import simplify
 
 __all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
@@ -50,6 +51,11 @@ class RecordedGraph:
     def __call__(self, *inputs: Tensor) -> Any:
         """Replay on inputs of the recorded shapes, strides, dtypes and devices."""
         return self._forward(*inputs)
+
+    def compile(self, inputs: Sequence[Tensor]) -> "RecordedGraph":
+        """Replay machine code from now on, made for inputs like these."""
+        self._forward = compiled(self.module, inputs)
+        return self
 
     @property
     def is_current(self) -> bool:

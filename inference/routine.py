@@ -1,15 +1,18 @@
 """What all routines share: a model that is checked, and its log density, whose graphs are kept."""
 
+import dataclasses
 import functools
 import inspect
 import numbers
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from bayesattn.inference.compilation import Compile, resolved_mode
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.posterior import Posterior
 
@@ -19,7 +22,7 @@ __all__ = ["DensityOptions", "Routine", "check_choice", "check_count", "check_po
 class DensityOptions(TypedDict, total=False):
     """Options of :class:`bayesattn.inference.DensitySettings` that a routine passes on."""
 
-    compile: Literal["record", "none"]
+    compile: Compile
     chunk_size: int | None
     stochastic: bool
     max_plate_nesting: int | None
@@ -57,7 +60,17 @@ class Routine:
 
     def log_density(self, *args: Any, **kwargs: Any) -> LogDensity:
         """The model's log density given its arguments; graphs are shared between runs."""
-        return LogDensity(self.model, *args, settings=self.density_settings, **kwargs)
+        return self.log_density_for(None, args, kwargs)
+
+    def log_density_for(
+        self, num_steps: int | None, args: tuple, kwargs: Mapping[str, Any]
+    ) -> LogDensity:
+        """The same for a run of so many steps, which says what ``compile="auto"`` means."""
+        tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        mode = resolved_mode(self.density_settings.compile, device, num_steps)
+        settings = dataclasses.replace(self.density_settings, compile=mode)
+        return LogDensity(self.model, *args, settings=settings, **kwargs)
 
     def posterior(
         self, density: LogDensity, draws: Mapping[str, Tensor], **fields: Any

@@ -8,7 +8,7 @@ import operator
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteWatch",
     "Progress",
+    "Watched",
     "private_param_store",
     "resolve_seed",
     "seeded",
@@ -120,11 +121,29 @@ class NonFiniteError(FloatingPointError):
         self.posterior = posterior
 
 
+class Watched(NamedTuple):
+    """Sums of what a step met: a sum is finite where all its terms are.
+
+    Attributes:
+        total: Over the values of all evaluations.
+        columns: Over the scores of all evaluations.
+    """
+
+    total: Float[Tensor, ""]
+    columns: Float[Tensor, " dim"]
+
+    @classmethod
+    def of(
+        cls, values: Float[Tensor, " evaluation"], scores: Float[Tensor, "row dim"]
+    ) -> "Watched":
+        """Sum values and scores."""
+        return cls(values.sum(), scores.sum(0))
+
+
 class NonFiniteWatch:
     """Looks for NaN and infinity without a device synchronization at each step.
 
-    Each :meth:`observe` sums what it sees, since a sum is finite where all its terms are; sums are
-    looked through by the dozen, on the device. Only :meth:`poll` reads the result.
+    Sums are looked through by the dozen, on the device. Only :meth:`poll` reads the result.
 
     Args:
         dim: Width of the scores that are watched.
@@ -134,16 +153,11 @@ class NonFiniteWatch:
     def __init__(self, dim: int, device: torch.device):
         self._first_bad = torch.full((), -1, device=device)
         self._entries = torch.zeros(dim, dtype=torch.bool, device=device)
-        self._pending: list[tuple[int, Tensor, Tensor]] = []
+        self._pending: list[tuple[int, Watched]] = []
 
-    def observe(
-        self,
-        step: int,
-        values: Float[Tensor, " evaluation"],
-        scores: Float[Tensor, "row dim"],
-    ) -> None:
-        """Note whether all values and scores are finite at this step."""
-        self._pending.append((step, values.sum(), scores.sum(0)))
+    def observe(self, step: int, watched: Watched) -> None:
+        """Note whether all is finite at this step."""
+        self._pending.append((step, watched))
         if len(self._pending) >= _SUMS_AT_ONCE:
             self._fold()
 
@@ -160,10 +174,10 @@ class NonFiniteWatch:
     def _fold(self) -> None:
         if not self._pending:
             return
-        steps, values, columns = zip(*self._pending, strict=True)
+        steps, sums = zip(*self._pending, strict=True)
         self._pending = []
-        finite = torch.stack(columns).isfinite()
-        bad = ~(finite.all(1) & torch.stack(values).isfinite())
+        finite = torch.stack([watched.columns for watched in sums]).isfinite()
+        bad = ~(finite.all(1) & torch.stack([watched.total for watched in sums]).isfinite())
         index = bad.to(torch.uint8).argmax()
         first = bad.any() & (self._first_bad < 0)
         step = torch.tensor(steps, device=bad.device)[index]

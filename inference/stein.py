@@ -7,7 +7,7 @@ Source:
     Liu and Wang (2016), Stein variational gradient descent, arXiv:1608.04471, eq. 8.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,13 +15,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.inference.coordinates import Affine
+from bayesattn.inference.fingerprints import Same
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.optimizers import ScheduledOptimizer
+from bayesattn.inference.optimizers import AdamRule, ScheduledOptimizer
 from bayesattn.inference.particle_views import ParticleView
+from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
-from bayesattn.kernels import Kernel
+from bayesattn.kernels import Kernel, Terms
 
-__all__ = ["SVGDInfo", "SVGDState", "direction", "init", "remeasured", "step"]
+__all__ = [
+    "Movement",
+    "SVGDInfo",
+    "SVGDState",
+    "Stepper",
+    "direction",
+    "init",
+    "movement",
+    "remeasured",
+]
 
 
 class SVGDState(NamedTuple):
@@ -60,23 +71,49 @@ class SVGDInfo(NamedTuple):
     Attributes:
         log_density: Mean over evaluations, before the step, in nats.
         stein_norm: Root mean square over particles of the direction's norm.
-        bandwidth: Of the kernel, in working coordinates, when it was last measured.
-        values: Log density of each evaluation.
-        scores: By unconstrained coordinates, of each evaluation.
+        bandwidth: Of the kernel, in working coordinates; NaN where it has none.
+        watched: Sums of values and scores, to be looked at for what is not finite.
     """
 
     log_density: Float[Tensor, " run"]
     stein_norm: Float[Tensor, " run"]
     bandwidth: Float[Tensor, " run"]
+    watched: Watched
+
+
+class Movement(NamedTuple):
+    """All figures of one step.
+
+    Attributes:
+        log_density: As in :class:`SVGDInfo`, and so are the next two.
+        stein_norm: ...
+        bandwidth: ...
+        total: Sum of the values of all evaluations.
+        columns: Sum of their scores.
+        direction: Of the particles, in working coordinates.
+        outside: Score of what is outside of the particles.
+        drive: Score of the particles, in working coordinates, over the temperature.
+        values: Log density of each evaluation.
+        terms: Of the kernel.
+    """
+
+    log_density: Float[Tensor, " run"]
+    stein_norm: Float[Tensor, " run"]
+    bandwidth: Float[Tensor, " run"]
+    total: Float[Tensor, ""]
+    columns: Float[Tensor, " all"]
+    direction: Float[Tensor, "run particle dim"]
+    outside: Float[Tensor, "run outside"]
+    drive: Float[Tensor, "run particle dim"]
     values: Float[Tensor, " evaluation"]
-    scores: Float[Tensor, "evaluation all"]
+    terms: Terms
 
 
 def direction(
     particles: Float[Tensor, "*batch particle dim"],
     score: Float[Tensor, "*batch particle dim"],
     kernel: Kernel,
-    temperature: Number = 1.0,
+    temperature: Number | Tensor = 1.0,
 ) -> Float[Tensor, "*batch particle dim"]:
     """Steepest descent of KL from the particles to p^(1/T), in the kernel's function space.
 
@@ -86,8 +123,8 @@ def direction(
         kernel: Gives Gram matrix and repulsion.
         temperature: T; above one the particles spread more.
     """
-    gram, repulsion, _ = kernel(particles)
-    return (gram @ score / temperature + repulsion) / particles.shape[-2]
+    terms = kernel(particles)
+    return (terms.smooth(score) / temperature + terms.repulsion) / particles.shape[-2]
 
 
 def init(
@@ -111,48 +148,132 @@ def init(
     return SVGDState(working, outside, metric, make_optimizer(moved))
 
 
-def step(
-    state: SVGDState,
-    density: LogDensity,
+def movement(
+    value_and_score: Callable[[Tensor], tuple[Tensor, Tensor]],
+    working: Float[Tensor, "run particle dim"],
+    outside: Float[Tensor, "run outside"],
+    metric: Affine,
+    temperature: Number | Tensor,
+    *,
     view: ParticleView,
     kernel: Kernel,
-    *,
-    subsample: Mapping[str, Tensor] | None = None,
-    temperature: Number = 1.0,
-    progress: float = 0.0,
-    bandwidth: Float[Tensor, " run"] | None = None,
-) -> tuple[SVGDState, SVGDInfo]:
-    """Move every particle once along :func:`direction`, by the optimizer's rule.
+) -> Movement:
+    """Figures of one step, as a pure function.
 
     Args:
-        state: Its tensors are moved in place.
-        density: Evaluated once, at all particles.
+        value_and_score: Log density and score of unconstrained vectors.
+        working: Particles in working coordinates.
+        outside: Unconstrained values beside them.
+        metric: From working to unconstrained coordinates.
+        temperature: T.
         view: What a particle is.
         kernel: Between particles in working coordinates.
-        subsample: Indices of subsampled plates.
-        temperature: T.
-        progress: In [0, 1], for the optimizer's schedule.
-        bandwidth: What to report of the kernel's; measured here by default, which takes about as
-            long as the kernel itself.
     """
-    values, scores = density.value_and_score(state.networks(view), subsample)
-    inside, outside = view.split(scores)
-    working = state.working.detach()
-    phi = direction(working, state.metric.pull_back(inside), kernel, temperature)
-    if bandwidth is None:
-        bandwidth = kernel.squared_bandwidth(working).sqrt()
-    state.working.grad = -phi
-    if state.outside.requires_grad:
-        state.outside.grad = -outside
-    state.optimizer.step(progress)
-    info = SVGDInfo(
+    values, scores = value_and_score(view.assemble(metric.apply(working), outside))
+    inside, beside = view.split(scores)
+    terms = kernel(working)
+    drive = metric.pull_back(inside) / temperature
+    phi = (terms.smooth(drive) + terms.repulsion) / working.shape[-2]
+    squared = terms.squared_bandwidth
+    missing = values.new_full((len(working),), torch.nan)
+    return Movement(
         log_density=values.view(len(working), -1).mean(-1),
         stein_norm=phi.square().sum(-1).mean(-1).sqrt(),
-        bandwidth=bandwidth,
+        bandwidth=missing if squared is None else squared.sqrt().to(values.dtype),
+        total=values.sum(),
+        columns=scores.sum(0),
+        direction=phi,
+        outside=beside,
+        drive=drive,
         values=values,
-        scores=scores,
+        terms=terms,
     )
-    return state, info
+
+
+class Stepper:
+    """Steps on one log density with one kernel, each of them one recorded or compiled graph.
+
+    Args:
+        density: Evaluated once a step, at all particles.
+        view: What a particle is.
+        kernel: Between particles in working coordinates.
+    """
+
+    def __init__(self, density: LogDensity, view: ParticleView, kernel: Kernel):
+        self.density, self.view, self.kernel = density, view, kernel
+        self._graphs: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
+
+    def __call__(
+        self,
+        state: SVGDState,
+        *,
+        subsample: Mapping[str, Tensor] | None = None,
+        temperature: Number = 1.0,
+        progress: float = 0.0,
+    ) -> SVGDInfo:
+        """Move every particle once along :func:`direction`, by the optimizer's rule.
+
+        Args:
+            state: Its tensors are moved in place.
+            subsample: Indices of subsampled plates.
+            temperature: T.
+            progress: In [0, 1], for the optimizer's schedule.
+        """
+        working, outside, rule = state.working.detach(), state.outside, state.optimizer.rule
+        heat = torch.full((), temperature, dtype=working.dtype, device=working.device)
+        tensors = (working, outside.detach(), *state.metric, heat)
+        is_moved = outside.requires_grad
+        if rule is not None:
+            moments = state.optimizer.moments()
+            tensors = (*tensors, state.optimizer.coefficients(rule, progress), *moments)
+        key = (rule, is_moved, state.metric.is_diagonal)
+        if key not in self._graphs:
+            self._graphs[key] = self._graph(rule, is_moved, tensors, subsample)
+        figures = self._graphs[key](tensors, subsample)
+        if rule is None:
+            state.working.grad = -figures[5]
+            if is_moved:
+                outside.grad = -figures[6]
+            state.optimizer.step(progress)
+        else:
+            state.optimizer.accept(figures[5:])
+        log_density, stein_norm, bandwidth, total, columns = figures[:5]
+        return SVGDInfo(log_density, stein_norm, bandwidth, Watched(total, columns))
+
+    def _graph(
+        self,
+        rule: AdamRule | None,
+        is_moved: bool,
+        tensors: tuple[Tensor, ...],
+        subsample: Mapping[str, Tensor] | None,
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """All figures of a step as one function; with a rule, what it makes of them instead."""
+        view, kernel = self.view, self.kernel
+
+        def function(
+            value_and_score: Callable[[Tensor], tuple[Tensor, Tensor]],
+            working: Tensor,
+            outside: Tensor,
+            location: Tensor,
+            scale: Tensor,
+            heat: Tensor,
+            *rest: Tensor,
+        ) -> tuple[Tensor, ...]:
+            metric = Affine(location, scale)
+            figures = movement(
+                value_and_score, working, outside, metric, heat, view=view, kernel=kernel
+            )
+            if rule is None:
+                return figures[:7]
+            coefficients, mean, square, *beside = rest
+            moved = rule(working, -figures.direction, mean, square, coefficients[0])
+            if is_moved:
+                mean, square = beside
+                moved += rule(outside, -figures.outside, mean, square, coefficients[1])
+            return (*figures[:5], *moved)
+
+        key = ("stein", view.key, Same(kernel), rule, is_moved)
+        return self.density.fused(function, key, tensors, subsample)
 
 
 def remeasured(state: SVGDState, metric: Affine) -> SVGDState:

@@ -22,6 +22,7 @@ from bayesattn.inference.running import (
     NonFiniteError,
     NonFiniteWatch,
     Progress,
+    Watched,
     resolve_seed,
     seeded,
 )
@@ -44,13 +45,13 @@ class Steps(Protocol):
     def advance(self, step: int) -> Any:
         """Do one step, and return its info, a NamedTuple.
 
-        Its fields ``values`` and ``scores``, of the state before the step, are watched; the others,
-        one number a run, become curves.
+        Its field ``watched``, of the state before the step, is looked at for non-finite values; the
+        others, one number a run, become curves.
         """
         ...
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
-        """Values and scores of the present state, without a step."""
+    def evaluate(self) -> Watched:
+        """What is to be watched of the present state, without a step."""
         ...
 
     def snapshot(self) -> Any:
@@ -147,9 +148,9 @@ class _Record:
 
     def note(self, step: int, info: Any) -> None:
         """Watch an info and keep its curves."""
-        self.watch.observe(step, info.values, info.scores)
-        for name, value in info._asdict().items():
-            if name not in ("values", "scores"):
+        self.watch.observe(step, info.watched)
+        for name, value in zip(info._fields, info, strict=True):
+            if name != "watched":
                 self.curves.setdefault(name, []).append(value)
         self.done = step + 1
 
@@ -162,7 +163,7 @@ class _Record:
 
     def look_at_the_end(self) -> None:
         """Raise where the last step led to what no step has evaluated."""
-        self.watch.observe(self.done, *self.steps.evaluate())
+        self.watch.observe(self.done, self.steps.evaluate())
         bad = self.watch.poll()
         if bad is not None:
             self._refuse(bad)

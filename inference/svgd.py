@@ -33,8 +33,9 @@ from bayesattn.inference.routine import (
     check_count,
     check_positive,
 )
+from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
-from bayesattn.inference.stein import SVGDInfo, SVGDState, direction
+from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.kernels import IMQ, Kernel
 
@@ -153,18 +154,35 @@ class SVGD(Routine):
         """
         num_runs = check_count("num_runs", num_runs)
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
-        density = self.log_density(*args, **kwargs)
-        if self.particle_plate is None:
-            view: ParticleView = WholeParticles(num_runs)
-        else:
-            view = PlateParticles.of(density, self.particle_plate)
+        density = self.log_density_for(num_steps, args, kwargs)
+        view = self.view(density, num_runs)
         with loop.random_state(density.device):
-            networks, frame = self._starts(density, num_runs, init, loop.generator)
-            particles, outside = view.split(networks)
-            metric = chosen_metric(self.metric, *particles.shape[-2:])
-            apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
-            state = self.init(apart, outside, frame or identity(particles[:, 0]))
-            return loop.run(_Run(self, density, view, state, metric, loop))
+            return loop.run(self.begin(density, view, init, loop, num_runs))
+
+    def begin(
+        self, density: LogDensity, view: ParticleView, init: Init, loop: StepLoop, num_runs: int
+    ) -> "SVGDRun":
+        """Place the particles, and make ready for the steps of a loop.
+
+        Raises:
+            ValueError: If ``init`` does not fit, or particles are too few for the metric.
+        """
+        networks, frame = self._starts(density, num_runs, init, loop.generator)
+        particles, outside = view.split(networks)
+        metric = chosen_metric(self.metric, *particles.shape[-2:])
+        apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
+        state = self.init(apart, outside, frame or identity(particles[:, 0]))
+        return SVGDRun(self, density, view, state, metric, loop)
+
+    def view(self, density: LogDensity, num_runs: int) -> ParticleView:
+        """What a particle is.
+
+        Raises:
+            ValueError: If no latent site stands in the plate.
+        """
+        if self.particle_plate is None:
+            return WholeParticles(num_runs)
+        return PlateParticles.of(density, self.particle_plate)
 
     def init(
         self,
@@ -184,23 +202,29 @@ class SVGD(Routine):
     def step(
         self,
         state: SVGDState,
-        density: LogDensity,
-        view: ParticleView,
+        stepper: Stepper,
         generator: torch.Generator,
         progress: float = 0.0,
-        bandwidth: Float[Tensor, " run"] | None = None,
     ) -> tuple[SVGDState, SVGDInfo]:
-        """Do :func:`bayesattn.inference.stein.step` with these settings, on fresh subsamples."""
-        return stein.step(
+        """Move all particles once with these settings, on fresh subsamples.
+
+        Args:
+            state: Its tensors are moved in place.
+            stepper: Of the log density; see :meth:`stepper`.
+            generator: Draws the subsamples.
+            progress: In [0, 1], for schedules.
+        """
+        info = stepper(
             state,
-            density,
-            view,
-            self.kernel,
-            subsample=density.draw_subsample(generator),
+            subsample=stepper.density.draw_subsample(generator),
             temperature=self.temperature_at(progress),
             progress=progress,
-            bandwidth=bandwidth,
         )
+        return state, info
+
+    def stepper(self, density: LogDensity, view: ParticleView) -> Stepper:
+        """Steps with these settings on a log density."""
+        return Stepper(density, view, self.kernel)
 
     def temperature_at(self, progress: float) -> Number:
         """T at a progress in [0, 1].
@@ -231,8 +255,13 @@ class SVGD(Routine):
         return points, frame.expand(num_runs)
 
 
-class _Run:
-    """The steps of one call of ``run``."""
+class SVGDRun:
+    """The steps of one call of :meth:`SVGD.run`.
+
+    Attributes:
+        state: Moves with each step.
+        num_steps: By which progress is measured.
+    """
 
     def __init__(
         self,
@@ -247,26 +276,23 @@ class _Run:
         self.state, self.frame = state, state.metric
         self.metric: Metric = metric
         self.dim, self.device = density.dim, density.device
-        self._bandwidth: Tensor | None = None
+        self.num_steps = loop.num_steps
+        self.stepper = svgd.stepper(density, view)
 
     def advance(self, step: int) -> SVGDInfo:
         """Measure the particles anew where it is time, and move them."""
-        svgd, progress = self.svgd, step / self.loop.num_steps
+        svgd, progress = self.svgd, step / self.num_steps
         if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
             measured = metric_of(self.state.particles, self.metric, self.frame)
             self.state = stein.remeasured(self.state, measured)
-        due = step % self.loop.check_every == 0
-        bandwidth = None if due else self._bandwidth
-        self.state, info = svgd.step(
-            self.state, self.density, self.view, self.loop.generator, progress, bandwidth
-        )
-        self._bandwidth = info.bandwidth
+        self.state, info = svgd.step(self.state, self.stepper, self.loop.generator, progress)
         return info
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
+    def evaluate(self) -> Watched:
         """Values and scores of the present state."""
         subsample = self.density.draw_subsample(self.loop.generator)
-        return self.density.value_and_score(self.state.networks(self.view), subsample)
+        networks = self.state.networks(self.view)
+        return Watched.of(*self.density.value_and_score(networks, subsample, is_in_loop=False))
 
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
@@ -290,17 +316,18 @@ class _Run:
         state, density, view = snapshot, self.density, self.view
         networks = state.networks(view)
         values, scores = density.value_and_score(
-            networks, density.draw_subsample(self.loop.generator)
+            networks, density.draw_subsample(self.loop.generator), is_in_loop=False
         )
         phi = direction(
             state.working,
             state.metric.pull_back(view.split(scores)[0]),
             self.svgd.kernel,
-            self.svgd.temperature_at(attrs["num_steps"] / self.loop.num_steps),
+            self.svgd.temperature_at(attrs["num_steps"] / self.num_steps),
         )
         fields = view.lay_out(density, networks, values)
         fields["sample_stats"]["stein_norm"] = phi.norm(dim=-1)
-        fields["attrs"] = fields.get("attrs", {}) | attrs
+        count = {"gradient_evaluations": attrs["num_steps"] * len(networks)}
+        fields["attrs"] = fields.get("attrs", {}) | attrs | count
         return self.svgd.posterior(
             density,
             fields.pop("draws"),

@@ -224,6 +224,14 @@ def test_densities_of_positive_draws_stay_positive(generator):
     np.testing.assert_allclose(density[x > 0][0], 2 / np.sqrt(2 * np.pi), rtol=0.15)
 
 
+def test_few_draws_of_one_sign_are_not_taken_for_positive(generator):
+    draws = torch.randn(1, 400, generator=generator)
+    given = {"NUTS": draws, "SVGD": draws[draws > 0.1][None, :10]}
+    _, few = plots.marginals(given, site="bias").axes[0].lines
+    x, density = few.get_xydata().T
+    assert density[(x < 0) & (x > -0.2)].min() > 0
+
+
 def test_forest_shows_means_and_intervals(posteriors, tmp_path):
     given, draws = posteriors
     chosen = [(0, 1), (1, 0)]

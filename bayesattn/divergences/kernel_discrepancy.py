@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bayesattn.divergences.pair_means import contrast
 from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
-from bayesattn.kernels import RBF, Kernel, squared_distances
+from bayesattn.kernels import RBF, Linear, ScalarKernel, Sum, squared_distances
 
 __all__ = ["MMD", "squared_mmd"]
 
@@ -26,7 +26,7 @@ def squared_mmd(
     key_mask: Bool[Tensor, "*#batch key"] | None = None,
     weights: Weights | None = None,
     *,
-    kernel: Kernel | None = None,
+    kernel: ScalarKernel | None = None,
     unbiased: bool = False,
 ) -> Float[Tensor, "*batch"]:
     r"""Squared maximum mean discrepancy between two clouds.
@@ -39,7 +39,8 @@ def squared_mmd(
         weights: How much each query and each key counts: nonnegative, of any positive sum.
         kernel: :class:`~bayesattn.kernels.RBF` by default. Its bandwidth "median" is measured over
             all pairs of distinct points that take part, queries and keys pooled, whatever their
-            weights, and is a constant to differentiation. Any other kernel is used as it is.
+            weights, and is a constant to differentiation; so it is for each kernel of a sum. Any
+            other kernel is used as it is.
         unbiased: Take the U-statistic, whose mean is that of the laws that the points were drawn
             from, so that it may fall below zero; the V-statistic otherwise.
 
@@ -48,8 +49,8 @@ def squared_mmd(
 
     Raises:
         ValueError: As :func:`~bayesattn.divergences.weighted_clouds` does; if a cloud has a single
-            point and the estimate is to be unbiased; or for the bandwidth "paper", which is made
-            for one cloud.
+            point and the estimate is to be unbiased; or for a kernel that is made for one cloud:
+            the bandwidth "paper", and :class:`~bayesattn.kernels.Linear` unless it is frozen.
     """
     clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
     kernel = _with_pooled_median(RBF() if kernel is None else kernel, clouds)
@@ -67,11 +68,11 @@ class MMD:
         unbiased: Take the U-statistic.
     """
 
-    kernel: Kernel = field(default_factory=RBF)
+    kernel: ScalarKernel = field(default_factory=RBF)
     unbiased: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_paper(self.kernel)
+        _refuse_one_cloud(self.kernel)
 
     def __call__(
         self,
@@ -87,8 +88,10 @@ class MMD:
         )
 
 
-def _with_pooled_median(kernel: Kernel, clouds: PointClouds) -> Kernel:
-    _refuse_paper(kernel)
+def _with_pooled_median(kernel: ScalarKernel, clouds: PointClouds) -> ScalarKernel:
+    _refuse_one_cloud(kernel)
+    if isinstance(kernel, Sum):
+        return Sum([_with_pooled_median(part, clouds) for part in kernel.kernels], kernel.weights)
     if not _has_rule(kernel, "median"):
         return kernel
     median = _pooled_median(clouds)
@@ -102,22 +105,28 @@ def _pooled_median(clouds: PointClouds) -> Tensor:
     rows, columns = torch.triu_indices(*2 * points.shape[-2:-1], offset=1, device=points.device)
     counted = mask[..., rows] & mask[..., columns]
     distances = squared_distances(points)
-    ordered = torch.where(counted, distances[..., rows, columns], torch.inf).sort(-1).values
-    middle = (counted.sum(-1, keepdim=True) - 1).clamp_min(0) // 2
-    median = ordered.take_along_dim(middle, -1).squeeze(-1)
+    pairs = torch.where(counted, distances[..., rows, columns], torch.nan)
+    median = pairs.nanmedian(-1).values
     # What the distances of such clouds can resolve, so that a bandwidth is positive.
     info, largest = torch.finfo(points.dtype), distances.flatten(-2).amax(-1)
     return torch.maximum(median, 16 * info.eps * largest + info.tiny / info.eps)
 
 
-def _has_rule(kernel: Kernel, rule: str) -> bool:
+def _has_rule(kernel: ScalarKernel, rule: str) -> bool:
     bandwidth = getattr(kernel, "bandwidth", None)
     return isinstance(bandwidth, str) and bandwidth == rule
 
 
-def _refuse_paper(kernel: Kernel) -> None:
+def _refuse_one_cloud(kernel: ScalarKernel) -> None:
+    for part in kernel.kernels if isinstance(kernel, Sum) else ():
+        _refuse_one_cloud(part)
     if _has_rule(kernel, "paper"):
         raise ValueError(
             "kernel: the bandwidth 'paper' counts the particles of one cloud; use 'median' or a "
             f"number, got {kernel!r}"
+        )
+    if isinstance(kernel, Linear) and (_has_rule(kernel, "mean") or kernel.location is None):
+        raise ValueError(
+            "kernel: a linear kernel has location and bandwidth of one cloud; give both, as "
+            f"kernel.frozen(points) does, got {kernel!r}"
         )

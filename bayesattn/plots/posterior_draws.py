@@ -41,7 +41,8 @@ def marginals(
     """Draw the marginal densities of several methods over one another.
 
     Each density is a Gaussian kernel estimate from the pooled draws, which does not pass zero where
-    they are all of one sign. Draws that are all equal, a point estimate's, are a vertical line.
+    those of all methods are of one sign. Draws that are all equal, a point estimate's, are a
+    vertical line.
 
     Args:
         posteriors: For each method, a posterior, its draws, or the draws of the one site with
@@ -132,12 +133,16 @@ def _densities(axes: Axes, draws: Mapping[str, np.ndarray], reference: str | Non
     low, high = np.min(ends), np.max(ends)
     margin = 0.1 * (high - low) or 1.0
     places = np.linspace(low - margin, high + margin, 400)
+    # Of all methods: a few draws of a real number may happen to be of one sign.
+    has_one_sign = all(v.min() >= 0 for v in draws.values()) or all(
+        v.max() <= 0 for v in draws.values()
+    )
     handles: list[Artist] = []
     for (name, values), color in zip(draws.items(), colors(len(draws)), strict=True):
         if np.ptp(values) <= 1e-9 * np.abs(values).max():
             handles.append(axes.axvline(values[0], color=color, linewidth=1.8, label=name))
             continue
-        density = _density(values, places)
+        density = _density(values, places, has_one_sign)
         if name == reference:
             handles.append(axes.fill_between(places, density, color="0.82", label=name))
         else:
@@ -151,10 +156,10 @@ def _densities(axes: Axes, draws: Mapping[str, np.ndarray], reference: str | Non
     return handles
 
 
-def _density(draws: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _density(draws: np.ndarray, places: np.ndarray, has_one_sign: bool) -> np.ndarray:
     """Gaussian kernel estimate; what lies beyond zero of draws of one sign is folded back."""
     estimate = gaussian_kde(draws)
-    if draws.min() < 0 < draws.max():
+    if not has_one_sign:
         return estimate(places)
     inside = places * np.sign(draws.sum()) >= 0
     return np.where(inside, estimate(places) + estimate(-places), 0)

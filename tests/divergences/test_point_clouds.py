@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayesattn.divergences import MMD, Divergence, Energy, SlicedWasserstein, weighted_clouds
 from bayesattn.kernels import IMQ, RBF
@@ -157,6 +158,15 @@ def test_gradients_are_finite_where_points_coincide(divergence):
         divergence(query, key).backward()
         assert query.grad.isfinite().all()
         assert key.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ALL, ids=repr)
+def test_nothing_as_large_as_query_key_dim_is_held(divergence):
+    query, key = clouds(8, 23, 19, 37)
+    graph = make_fx(torch.func.grad(lambda x, y: divergence(x, y)))(query, key).graph
+    sizes = [n.meta["tensor_meta"].shape.numel() for n in graph.nodes if "tensor_meta" in n.meta]
+    assert len(sizes) > 5
+    assert max(sizes) <= (23 + 19) ** 2
 
 
 @pytest.mark.parametrize("divergence", PLAIN, ids=repr)

@@ -51,6 +51,12 @@ def test_of_a_shift_is_its_mean_projection(generator):
     np.testing.assert_allclose(value, 10 / np.pi, rtol=0.02)
 
 
+def test_projections_of_far_clouds_lose_no_digits(generator):
+    query, key = (1e5 + torch.randn(2, 20, 3, generator=generator)).float()
+    exact = SlicedWasserstein()(query.double(), key.double())
+    torch.testing.assert_close(SlicedWasserstein()(query, key).double(), exact, rtol=1e-5, atol=0)
+
+
 def test_random_directions_are_uniform_unit_vectors():
     for seed in (3, torch.Generator().manual_seed(3)):
         directions = random_directions(20000, 3, seed)

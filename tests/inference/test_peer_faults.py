@@ -216,8 +216,10 @@ def test_two_instances_side_by_side_do_not_meet():
         frame = identity(torch.zeros(1, density.dim))
         state = svgd.init(particles, torch.zeros(1, 0), frame)
 
+        stepper = svgd.stepper(density, WholeParticles(1))
+
         def advance(state):
-            return svgd.step(state, density, WholeParticles(1), generator)[0]
+            return svgd.step(state, stepper, generator)[0]
 
         return state, advance
 

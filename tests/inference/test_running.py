@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bayesattn.inference.running import (
     NonFiniteWatch,
     Progress,
+    Watched,
     private_param_store,
     resolve_seed,
     seeded,
@@ -89,7 +90,7 @@ def test_private_store_hides_and_restores():
 def observed(watch, rows):
     for step, row in enumerate(rows):
         values = torch.tensor(row[:1])
-        watch.observe(step, values, torch.tensor(row[1:])[None].expand(2, -1))
+        watch.observe(step, Watched.of(values, torch.tensor(row[1:])[None].expand(2, -1)))
 
 
 @given(
@@ -112,7 +113,8 @@ def test_watch_finds_the_first_bad_step_and_its_entries(bad, entry, kind):
 
 def test_opposite_infinities_do_not_cancel():
     watch = NonFiniteWatch(1, torch.device("cpu"))
-    watch.observe(0, torch.tensor([0.0]), torch.tensor([[float("inf")], [-float("inf")]]))
+    opposite = torch.tensor([[float("inf")], [-float("inf")]])
+    watch.observe(0, Watched.of(torch.tensor([0.0]), opposite))
     assert watch.poll() == 0
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.running import NonFiniteError
+from bayesattn.inference.running import NonFiniteError, Watched
 from bayesattn.inference.step_loop import StepLoop, interruptible
 
 
 class Info(NamedTuple):
     height: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
+    watched: Watched
 
 
 class Walk:
@@ -30,12 +29,12 @@ class Walk:
 
     def evaluate(self):
         value = torch.nan if self.height >= self.bad_from else -self.height
-        return torch.tensor([value]), torch.tensor([[value]])
+        return Watched(torch.tensor(value), torch.tensor([value]))
 
     def advance(self, step):
         if step == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        info = Info(torch.tensor([self.height]), *self.evaluate())
+        info = Info(torch.tensor([self.height]), self.evaluate())
         self.height += 1
         return info
 
