@@ -87,7 +87,7 @@ def show(posteriors, test, out):
     rows = {
         name: {metric: f"{value:.4f} ± {error:.4f}" for metric, (value, error) in row.items()}
         | {
-            "mean log joint": f"{float(posteriors[name].sample_stats['lp'].mean()):.0f}",
+            "mean log density": f"{float(posteriors[name].sample_stats['lp'].mean()):.0f}",
             "seconds": f"{posteriors[name].attrs['seconds']:.0f}",
         }
         for name, row in table.items()
@@ -102,14 +102,16 @@ def show(posteriors, test, out):
     chosen = test[interesting(test, probabilities["SVGD particles"])]
     attended = svgd.predict(*chosen.inputs, sites=["attention"])
     captions = [test.intent_names[intent] for intent in chosen.intent]
-    title = "Attention of each head on each word: posterior mean and 90 % interval (SVGD)"
-    for kind in ("bars", "heatmap"):
-        figure = plots.attention(attended, chosen.words, captions=captions, title=title, kind=kind)
+    title = "Attention of each head on each word: posterior mean"
+    for kind, spread in (("bars", "and 90 % interval"), ("heatmap", "± standard deviation")):
+        figure = plots.attention(
+            attended, chosen.words, captions=captions, title=f"{title} {spread} (SVGD)", kind=kind
+        )
         figure.savefig(out / f"attention_{kind}.png", dpi=150)
     plots.scores(table, title="Held-out scores").savefig(out / "scores.png", dpi=150)
     plots.reliability(probabilities, test.intent).savefig(out / "reliability.png", dpi=150)
     curves = {
-        "SVGD: mean log joint": posteriors["SVGD particles"].optimization["log_density"],
+        "SVGD: mean log density": posteriors["SVGD particles"].optimization["log_density"],
         "SVI: ELBO": posteriors["SVI normal"].optimization["elbo"],
     }
     plots.optimization(curves, smooth=25).savefig(out / "optimization.png", dpi=150)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Bound", "bound", "describe_arguments", "named_arguments"]
+__all__ = ["Bound", "bound", "describe_arguments", "found_nan", "named_arguments"]
 
 
 class Bound(NamedTuple):
@@ -63,6 +63,17 @@ def named_arguments(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> 
     return named
 
 
+def found_nan(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    """Say, to append to a message, which arguments have NaN; empty if none has."""
+    suspects = [
+        name
+        for name, value in named_arguments(model, args, kwargs).items()
+        if any(_has_nan(leaf) for leaf in tree_leaves(value))
+    ]
+    names = ", ".join(map(repr, suspects))
+    return f"; NaN was found in the data: argument {names}" if suspects else ""
+
+
 def describe_arguments(args: tuple, kwargs: Mapping[str, Any]) -> str:
     """Say the arguments' shapes in one line."""
 
@@ -74,3 +85,9 @@ def describe_arguments(args: tuple, kwargs: Mapping[str, Any]) -> str:
     parts = [one(value) for value in args]
     parts += [f"{name}={one(value)}" for name, value in kwargs.items()]
     return f"arguments ({', '.join(parts)})"
+
+
+def _has_nan(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
+        return bool(np.isnan(leaf).any())
+    return isinstance(leaf, Tensor) and bool(leaf.isnan().any())

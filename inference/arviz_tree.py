@@ -5,6 +5,7 @@ that :func:`build_tree` makes. This module knows arrays only, neither torch nor 
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ import xarray as xr
 __all__ = ["Variables", "build_tree", "pareto_k", "summarize", "to_arviz_object"]
 
 Variables = Mapping[str, tuple[Sequence[str], np.ndarray]]
+
+# The tail is a fifth of the weights, to which ArviZ fits nothing unless it has five.
+_FEWEST_WEIGHTS = 25
 
 SAMPLE_DIMS = frozenset({"chain", "draw", "step"})
 
@@ -84,14 +88,16 @@ def summarize(
         data: An ArviZ object with a posterior group.
         markov: Whether the draws of a chain follow each other.
         num_chains: How many chains or independent runs there are.
-        log_weights: Log of target over proposal at each draw of a guide, for Pareto's k.
+        log_weights: Log of target over proposal at each draw of a guide, for Pareto's k of the
+            worst run.
         reference: ArviZ object of another posterior of the same sites, for ratios of spread.
         **options: For :func:`arviz.summary`, such as ``var_names``.
 
     Returns:
         One row per entry of a site. For Markov chains :func:`arviz.summary` whole; else its
-        statistics with ``r_hat`` where there are several runs; ``sd_ratio`` to the reference (below
-        one: too narrow) and ``pareto_k`` of the guide (above 0.7: not to be trusted) where given.
+        statistics, of a single point its value alone; ``r_hat`` where there are several runs;
+        ``sd_ratio`` to the reference (below one: too narrow) and ``pareto_k`` of the guide (above
+        0.7: not to be trusted) where given.
     """
     options = {"round_to": "none", **options}
     # Entries that never vary, such as weights of padding, have no R-hat; that is no news.
@@ -103,24 +109,18 @@ def pareto_k(log_weights: np.ndarray) -> float:
     """Tail index of importance weights, which says how far a guide is from its target.
 
     Args:
-        log_weights: Log of target over proposal at independent draws, any shape.
+        log_weights: Log of target over proposal at independent draws; draws are the last axis, and
+            leading axes are runs, each with a guide of its own.
 
     Returns:
-        Pareto's k; above 0.7 the weights have no usable mean, and the guide misses mass. Zero where
-        all weights are equal.
+        Pareto's k of the worst run; above 0.7 the weights have no usable mean, and the guide misses
+        mass. Zero where all weights of a run are equal; NaN where 25 draws are not there to tell.
 
     Source:
         Yao et al. (2018), Yes, but did it work? Evaluating variational inference, arXiv:1802.02538.
     """
-    flat = np.asarray(log_weights, dtype=float).reshape(-1)
-    if np.ptp(flat) < 1e-8:
-        return 0.0
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return float(arviz.psislw(flat)[1])
-    from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
-
-    # ArviZ 1 takes the log likelihoods of leave-one-out here: log weights with the sign turned.
-    return float(array_stats.psislw(-flat)[1])
+    weights = np.asarray(log_weights, dtype=float)
+    return float(np.max([_tail_index(row) for row in weights.reshape(-1, weights.shape[-1])]))
 
 
 def _table(
@@ -131,17 +131,36 @@ def _table(
     reference: Any,
     options: Mapping[str, Any],
 ) -> pd.DataFrame:
-    table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     draws = data["posterior"].sizes["draw"]
+    with warnings.catch_warnings():
+        if draws * num_chains == 1:
+            # Spreads of a single point, which are left out below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+        table: Any = arviz.summary(data, kind="all" if markov else "stats", **options)
     # ArviZ's R-hat splits each chain in two and needs two draws in each half.
     if not markov and num_chains > 1 and draws >= 4:
         table["r_hat"] = arviz.summary(data, kind="diagnostics", **options)["r_hat"]
     if reference is not None:
         spread: Any = arviz.summary(reference, kind="stats", **options)["sd"]
         table["sd_ratio"] = table["sd"] / spread.reindex(table.index)
+    if draws * num_chains == 1:
+        table = table[["mean"]]
     if log_weights is not None:
         table["pareto_k"] = pareto_k(log_weights)
     return table
+
+
+def _tail_index(flat: np.ndarray) -> float:
+    if np.ptp(flat) < 1e-8:
+        return 0.0
+    if len(flat) < _FEWEST_WEIGHTS:
+        return float("nan")
+    if int(arviz.__version__.split(".")[0]) < 1:
+        return float(arviz.psislw(flat)[1])
+    from arviz_stats.base import array_stats  # pyright: ignore[reportMissingImports]
+
+    # ArviZ 1 takes the log likelihoods of leave-one-out here: log weights with the sign turned.
+    return float(array_stats.psislw(-flat)[1])
 
 
 def _check_names(groups: Mapping[str, Variables]) -> None:

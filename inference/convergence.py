@@ -1,13 +1,13 @@
-"""What a reader must know before trusting draws of Markov chains."""
+"""What a reader must know before trusting draws of Markov chains, or of independent runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from pyro.ops.stats import effective_sample_size, gelman_rubin, split_gelman_rubin
 from torch import Tensor
 
-__all__ = ["bayesian_fraction", "chain_problems", "smallest_effective_size"]
+__all__ = ["bayesian_fraction", "chain_problems", "run_problems", "smallest_effective_size"]
 
 # Below these, figures say nothing.
 _FEWEST_DRAWS = 20
@@ -55,13 +55,40 @@ def chain_problems(
     return problems
 
 
+def run_problems(
+    draws: Float[Tensor, "chain draw dim"], site_names: Callable[[Tensor], list[str]]
+) -> list[str]:
+    """Say in words whether independent runs disagree on what the posterior is; empty if not.
+
+    Args:
+        draws: Unconstrained, independent within each run.
+        site_names: Names of the sites with a True among their coordinates.
+    """
+    num_runs, num_draws = draws.shape[:2]
+    if num_runs == 1 or num_draws < _FEWEST_DRAWS:
+        return []
+    # Points, as a delta guide gives, have no spread to measure distances by.
+    is_point = (draws.amax(1) == draws.amin(1)).any(0)
+    rhat = gelman_rubin(draws.double()).masked_fill(is_point, 1.0)
+    worst = float(rhat.max())
+    if worst <= _LARGEST_RHAT + 10 / num_draws:
+        return []
+    site = site_names(rhat == rhat.max())[0]
+    problem = (
+        f"the {num_runs} runs disagree: the largest R-hat between them is {worst:.2f}, at site "
+        f"{site!r}; some found another optimum, or slices of a plate in another order"
+    )
+    return [problem]
+
+
 def smallest_effective_size(draws: Float[Tensor, "chain draw dim"]) -> float:
     """Effective sample size of the worst coordinate; zero where one never moves."""
     num_chains, num_draws, _ = draws.shape
     # Pyro holds a matrix of lags for each coordinate, so they go by some at a time.
     at_once = max(1, 2**24 // (num_chains * num_draws**2))
     parts = [effective_sample_size(part) for part in draws.double().split(at_once, -1)]
-    return float(torch.cat(parts).nan_to_num(nan=0.0).min())
+    # Estimates from short chains that swing may be negative.
+    return max(0.0, float(torch.cat(parts).nan_to_num(nan=0.0).min()))
 
 
 def bayesian_fraction(energy: Float[Tensor, "chain draw"]) -> Float[Tensor, " chain"]:

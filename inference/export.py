@@ -60,6 +60,7 @@ def tree(
     if program is not None:
         groups |= _data_groups(program, labels)
     labels.names.check_all_used()
+    _check_coords(coords or {}, groups)
     about = {
         "method": posterior.method,
         "draws_are": posterior.draws_are,
@@ -96,6 +97,14 @@ def known_dims(
     return result
 
 
+def _check_coords(coords: Mapping[str, Sequence[Any]], groups: Groups) -> None:
+    """Refuse labels that the caller gives for axes that do not exist."""
+    known = {dim for variables in groups.values() for dims, _ in variables.values() for dim in dims}
+    unknown = sorted(coords.keys() - known)
+    if unknown:
+        raise ValueError(f"coords labels the axes {unknown}, but there are only {sorted(known)}")
+
+
 def _labels(
     posterior: Posterior, program: Replay | None, dims: Mapping[str, Sequence[str]] | None
 ) -> Labels:
@@ -125,6 +134,8 @@ def _draw_groups(
 ) -> Groups:
     computable = [] if program is None else program.names("deterministic")
     known = [*posterior.draws, *computable]
+    if isinstance(sites, str):
+        raise ValueError(f"sites must be a list of names, got the text {sites!r}")
     unknown = [name for name in sites or () if name not in known]
     if unknown:
         raise ValueError(f"there are no sites {unknown} to export, only {known}")

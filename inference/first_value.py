@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from bayesattn.inference.arguments import Bound, describe_arguments, named_arguments
+from bayesattn.inference.arguments import Bound, describe_arguments, found_nan
+from bayesattn.inference.handlers import first_line
 from bayesattn.inference.prior_run import protected_tensors
 from bayesattn.inference.program import Program
 from bayesattn.inference.quiet import quiet_pyro
@@ -52,7 +52,7 @@ def check_first_value(
         except Exception as error:
             raise ValueError(
                 f"the model has no log density at or after site {run.last_site!r} on "
-                f"{describe_arguments(bound.args, bound.kwargs)}: {error}"
+                f"{describe_arguments(bound.args, bound.kwargs)}: {first_line(error)}"
             ) from error
         return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
@@ -108,40 +108,38 @@ def _refuse_nan(bound: Bound, sites: Mapping[str, Any]) -> None:
     if not names:
         return
     entries = sites[names[0]]["log_prob"].isnan()
-    suspects = [
-        name
-        for name, value in named_arguments(*bound).items()
-        if any(_has_nan(leaf) for leaf in tree_leaves(value))
-    ]
-    found = f"; NaN was found in the data: argument {', '.join(map(repr, suspects))}"
     raise ValueError(
         f"the log probability at site {names[0]!r} is NaN in {int(entries.sum())} of "
-        f"{entries.numel()} entries" + found * bool(suspects)
+        f"{entries.numel()} entries{found_nan(*bound)}"
     )
 
 
-def _has_nan(leaf: Any) -> bool:
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f":
-        return bool(np.isnan(leaf).any())
-    return isinstance(leaf, Tensor) and bool(leaf.isnan().any())
-
-
 def _refuse_spread(name: str, site: Any, num_axes: int) -> None:
-    """Refuse data that are repeated along an axis without a plate, as from (n,) to (n, n)."""
-    plates = {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
-    log_prob, value = site["log_prob"], site["value"]
-    if not plates or site["infer"].get("_enumerate_dim") or not isinstance(value, Tensor):
+    """Refuse data and distributions that repeat each other where no plate says that they may."""
+    plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+    distribution, value = site["fn"], site["value"]
+    if site["infer"].get("_enumerate_dim") or not isinstance(value, Tensor):
         return
-    shape = value.shape[: value.ndim - site["fn"].event_dim]
-    for axis in range(-min(log_prob.ndim, num_axes), 0):
-        size = shape[axis] if -axis <= len(shape) else 1
-        if (
-            axis not in plates
-            and -axis <= len(site["fn"].batch_shape)
-            and log_prob.shape[axis] > size
-        ):
+    shape = value.shape[: value.ndim - distribution.event_dim]
+    # Left of all plates distributions have the axes of the discrete sites, data have none.
+    batch = distribution.batch_shape[-num_axes:] if num_axes else torch.Size()
+    free = [axis for axis in range(-max(len(shape), len(batch)), 0) if axis not in plates]
+    data_repeated = [axis for axis in free if _size(batch, axis) > _size(shape, axis)]
+    distribution_repeated = [axis for axis in free if _size(shape, axis) > _size(batch, axis)]
+    # Without plates data may be many draws of one distribution, or one of many.
+    if not plates and not (data_repeated and distribution_repeated):
+        return
+    for repeated, what in ((data_repeated, "data"), (distribution_repeated, "distribution")):
+        if repeated:
+            sizes = {frame.name: frame.size for frame in plates.values()}
             raise ValueError(
                 f"at the observed site {name!r} data of shape {tuple(value.shape)} meet a "
-                f"distribution of batch shape {tuple(site['fn'].batch_shape)}, which repeats the "
-                f"data along axis {axis}, for which there is no plate; check the tensors' shapes"
+                f"distribution of batch shape {tuple(distribution.batch_shape)} in plates of sizes "
+                f"{sizes}, which repeats the {what} along axis {repeated[0]}, for which there is "
+                "no plate; check the tensors' shapes"
             )
+
+
+def _size(shape: torch.Size, axis: int) -> int:
+    """Size of an axis counted from the right; one left of the shape."""
+    return shape[axis] if -axis <= len(shape) else 1

@@ -106,5 +106,5 @@ def full_plates() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, less the table of shapes that Pyro appends."""
-    return str(error).strip().split("\n")[0]
+    """What an error says, less the values that torch and the shapes that Pyro append."""
+    return str(error).strip().split("\n")[0].removesuffix(":")

@@ -6,6 +6,7 @@ store.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,13 @@ from bayesattn.inference.quiet import data_defaults
 from bayesattn.inference.reach import modules_of
 from bayesattn.inference.running import private_param_store, seeded
 
-__all__ = ["copied_guide", "learned_names", "learned_values", "private_parameters"]
+__all__ = [
+    "copied_guide",
+    "learned_names",
+    "learned_values",
+    "private_parameters",
+    "warn_of_held_parameters",
+]
 
 
 def learned_names(density: LogDensity) -> list[str]:
@@ -33,6 +40,21 @@ def learned_names(density: LogDensity) -> list[str]:
 def learned_values(density: LogDensity) -> dict[str, Tensor]:
     """Present values of the parameters that the program declares, on their own supports."""
     return {name: value.detach().clone() for name, value in _declared(density).items()}
+
+
+def warn_of_held_parameters(density: LogDensity, method: str) -> None:
+    """Warn of parameters that the program declares to be learned, where a routine learns none."""
+    modules = modules_of(density.model, density.args, density.kwargs)
+    tensors = (*density.program.parameters.values(), *module_tensors(modules).values())
+    # Without such tensors there is no need of another run to know which of them it declares.
+    held = learned_names(density) if tensors else []
+    if held:
+        warnings.warn(
+            f"{method} holds the program's parameters {held} fixed at their present values; SVI "
+            "learns them, and pyro.sample makes them sites",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @contextlib.contextmanager
@@ -95,8 +117,11 @@ def _declared(density: LogDensity) -> dict[str, Tensor]:
     with (
         poutine.block(),
         data_defaults(density.args, density.kwargs),
+        warnings.catch_warnings(),
         poutine.trace(param_only=True) as trace,
     ):
+        # Frozen modules are meant to be so.
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store")
         density.model(*density.args, **density.kwargs)
     values: dict[str, Any] = {name: node["value"] for name, node in trace.trace.nodes.items()}
     return {n: value for n, value in values.items() if value.unconstrained().requires_grad}

@@ -21,6 +21,7 @@ from bayesattn.inference.chain_processes import can_fork, in_processes
 from bayesattn.inference.convergence import chain_problems
 from bayesattn.inference.coordinates import Affine, differentiable_value, identity, laplace
 from bayesattn.inference.initialization import Init, initial_values
+from bayesattn.inference.learned_parameters import warn_of_held_parameters
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.markov_chain import (
     STATISTICS,
@@ -123,6 +124,7 @@ class NUTS(Routine):
 
         Returns:
             Posterior with the sampler's statistics. Interrupted, it has the draws made so far.
+            Parameters that the program declares are held fixed, with a warning.
 
         Raises:
             ValueError: If a plate is subsampled or no start has a finite log density.
@@ -139,6 +141,7 @@ class NUTS(Routine):
                 "NUTS needs the full data, since a subsample's gradient is not that of any "
                 f"density, but plates are subsampled: {sorted(density.program.subsamples)}"
             )
+        warn_of_held_parameters(density, "NUTS")
         frame, starts = self._starts(density, num_chains, init, generator)
         seeds = torch.randint(2**31, (num_chains,), generator=generator).tolist()
 

@@ -70,7 +70,8 @@ class Posterior(Draws):
             if args or kwargs:
                 raise
             raise ValueError(
-                f"{error}; this posterior knows no training arguments, so give some"
+                f"{error}; this posterior knows no training arguments: give some, or keep them by "
+                "posterior.replace(args=..., kwargs=...)"
             ) from error
         if not is_training and replay.summable:
             self._refuse_shared_discrete(replay.summable)
@@ -215,14 +216,21 @@ class Posterior(Draws):
         """Summarize each entry of each site by figures that mean something for these draws.
 
         Markov chains get ArviZ's whole summary. Others get its statistics, R-hat between runs where
-        there are several, and Pareto's k of a guide; never an effective sample size.
+        there are several, and Pareto's k of the worst run of a guide; never an effective sample
+        size.
 
         Args:
             sites: Latent or deterministic sites; default, all latent ones.
             reference: Another posterior of the same sites, for the column ``sd_ratio``.
             **options: For :func:`arviz.summary`.
+
+        Raises:
+            ValueError: If a site is unknown, or missing or of another shape in ``reference``.
         """
         from bayesattn.inference import arviz_tree
+
+        if reference is not None:
+            self._check_reference(reference, self.draws if sites is None else sites)
 
         def data(posterior: Posterior) -> Any:
             return posterior.to_arviz(
@@ -285,7 +293,8 @@ class Posterior(Draws):
         Args:
             path: The file.
             model: The program, without which there are no predictions. Training arguments are not
-                kept: give them to :meth:`predict` and :meth:`log_likelihood`.
+                kept: give them to :meth:`predict` and :meth:`log_likelihood`, or to the posterior
+                itself by ``posterior.replace(args=...)``.
 
         Raises:
             ValueError: If the file is not one of ours.
@@ -293,6 +302,20 @@ class Posterior(Draws):
         from bayesattn.inference import storage
 
         return cls(**storage.load(Path(path)), model=model)
+
+    def _check_reference(self, reference: "Posterior", sites: Iterable[str]) -> None:
+        """Refuse a reference that lacks sites, or has them in other shapes."""
+        shapes, others = (
+            {name: tuple(value.shape[2:]) for name, value in posterior.draws.items()}
+            for posterior in (self, reference)
+        )
+        unlike = {name: shapes[name] for name in sites if name in shapes}
+        unlike = {name: shape for name, shape in unlike.items() if others.get(name) != shape}
+        if unlike:
+            raise ValueError(
+                f"reference must have the same sites; it lacks {unlike} (site to shape) and has "
+                f"{others}"
+            )
 
     def _refuse_shared_discrete(self, names: Sequence[str]) -> None:
         """Refuse sites whose distribution at other arguments hangs on the training data."""

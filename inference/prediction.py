@@ -79,7 +79,7 @@ def log_likelihood(replay: Replay, likelihood_sites: Iterable[str] = ()) -> dict
         ValueError: If nothing is observed, if a named site is no factor, or if the likelihood hangs
             on a site whose values are not known.
     """
-    factors = list(likelihood_sites)
+    factors = likelihood_sites if isinstance(likelihood_sites, str) else list(likelihood_sites)
     _check_sites(replay, factors)
     known = replay.names("factor", "observed")
     wrong = [name for name in factors if name not in known]

@@ -21,8 +21,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from bayesattn.inference.arguments import describe_arguments, named_arguments
+from bayesattn.inference.arguments import describe_arguments, found_nan, named_arguments
 from bayesattn.inference.bijections import bijection
+from bayesattn.inference.handlers import first_line
 from bayesattn.inference.module_state import module_tensors
 from bayesattn.inference.quiet import apart_from_handlers, data_defaults
 from bayesattn.inference.reach import Reach, modules_of
@@ -64,8 +65,7 @@ def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstR
             except NonlocalExit:
                 raise
             except WriteRefusedError as error:
-                # Less the table of shapes that Pyro appends.
-                raise WriteRefusedError(str(error).split("\n")[0]) from error
+                raise WriteRefusedError(first_line(error)) from error
             except Exception as error:
                 failure = failure or (watch.name, error)
                 # Distributions and factorizations may refuse a draw; nothing else is an accident.
@@ -75,7 +75,7 @@ def first_run(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> FirstR
     name, error = failure
     raise ValueError(
         f"the model failed at or after {name} when run on {describe_arguments(args, kwargs)}: "
-        f"{type(error).__name__}: {error}"
+        f"{type(error).__name__}: {first_line(error)}{found_nan(model, args, kwargs)}"
     ) from error
 
 

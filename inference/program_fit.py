@@ -11,10 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import init_to_value
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from bayesattn.inference import enumeration
+from bayesattn.inference.arguments import describe_arguments
 from bayesattn.inference.guide_fits import FIRST_SCALE, GUIDES, GuideFit
+from bayesattn.inference.handlers import first_line
 from bayesattn.inference.initialization import Init, initial_values
 from bayesattn.inference.learned_parameters import learned_values
 from bayesattn.inference.log_density import LogDensity
@@ -77,7 +80,7 @@ class ProgramFit(GuideFit):
             site.name: torch.stack([trace.nodes[site.name]["value"] for trace in traces])
             for site in self.density.sites
         }
-        unconstrained = self.density.unconstrain(draws)
+        unconstrained = self._unconstrained(draws)
         stats = {"lp": self.log_density(unconstrained)[None]}
         if not self.is_point:
             log_q = torch.stack([trace.log_prob_sum() for trace in traces])
@@ -92,8 +95,15 @@ class ProgramFit(GuideFit):
         }
 
     def _check_sites(self) -> None:
-        with data_defaults(self.density.args, self.density.kwargs), torch.no_grad():
-            nodes = self._guide_trace().nodes
+        args, kwargs = self.density.args, self.density.kwargs
+        try:
+            with data_defaults(args, kwargs), torch.no_grad():
+                nodes = self._guide_trace().nodes
+        except Exception as error:
+            raise ValueError(
+                f"the guide failed when run on {describe_arguments(args, kwargs)}, which are the "
+                f"model's: {type(error).__name__}: {first_line(error)}"
+            ) from error
         for site in self.density.sites:
             if site.name not in nodes:
                 raise ValueError(f"the guide lacks the model's latent site {site.name!r}")
@@ -103,7 +113,35 @@ class ProgramFit(GuideFit):
                     f"the guide's site {site.name!r} must have shape {tuple(site.shape)}, as in "
                     f"the model, got {tuple(shape)}"
                 )
+        known = {site.name for site in self.density.sites}.union(self.density.program.discrete)
+        extra = [name for name, node in nodes.items() if _is_latent(node) and name not in known]
+        if extra:
+            raise ValueError(
+                f"the guide has sites {extra} that are no latent sites of the model; mark those "
+                "that only help it by infer={'is_auxiliary': True}"
+            )
+        self._unconstrained(
+            {site.name: nodes[site.name]["value"][None] for site in self.density.sites}
+        )
+
+    def _unconstrained(self, draws: dict[str, Tensor]) -> Float[Tensor, "draw all"]:
+        try:
+            return self.density.unconstrain(draws)
+        except ValueError as error:
+            raise ValueError(
+                f"the guide draws values that the model cannot have: {error}"
+            ) from error
 
     def _guide_trace(self) -> Any:
         args, kwargs = self.density.args, self.density.kwargs
         return poutine.trace(self.guide).get_trace(*args, **kwargs)
+
+
+def _is_latent(node: Any) -> bool:
+    """Whether a node of a trace is a site that is drawn and has a meaning of its own."""
+    return (
+        node["type"] == "sample"
+        and not node["is_observed"]
+        and not isinstance(node["fn"], _Subsample)
+        and not node["infer"].get("is_auxiliary")
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.running import private_param_store
+from bayesattn.inference.traceable import traceable_distributions
 
 __all__ = ["apart_from_handlers", "data_defaults", "quiet_pyro"]
 
@@ -48,6 +49,7 @@ def quiet_pyro(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with (
         pyro.validation_enabled(False),
+        traceable_distributions(),
         apart_from_handlers(),
         private_param_store(_EMPTY_STORE),
         data_defaults(args, kwargs),

@@ -68,7 +68,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         about, tensors = read(path)
     except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is not a posterior that bayesattn saved: {error}") from error
+        found = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a posterior that bayesattn saved: {found}") from error
     if about["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {about['format']}, but this version reads up to {FORMAT}; install "
@@ -183,8 +184,14 @@ def _replaced(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        # Texts of the formats' libraries name the partial file, or one of their own.
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error).split(" at path")[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

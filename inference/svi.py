@@ -13,12 +13,14 @@ Source:
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
+from bayesattn.inference.convergence import run_problems
 from bayesattn.inference.density_fit import DensityFit
 from bayesattn.inference.guide_fits import GUIDES, GuideFit, SVIInfo
 from bayesattn.inference.initialization import Init
@@ -34,7 +36,7 @@ from bayesattn.inference.routine import (
     check_count,
     check_positive,
 )
-from bayesattn.inference.running import NonFiniteError, resolve_seed
+from bayesattn.inference.running import ConvergenceWarning, NonFiniteError, resolve_seed
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.step_loop import StepLoop
 
@@ -133,7 +135,8 @@ class SVI(Routine):
             **kwargs: The program's keyword arguments.
 
         Returns:
-            Posterior of independent draws of the guide, with ``lp`` and ``log_q`` of each.
+            Posterior of independent draws of the guide, with ``lp`` and ``log_q`` of each. Runs
+            that disagree are noted in ``attrs["problems"]``, with a warning.
 
         Raises:
             ValueError: If the program, its arguments, the guide or ``init`` do not fit.
@@ -177,7 +180,11 @@ class SVI(Routine):
                     raise
             if "interrupted" in runs[-1].attrs:
                 break
-        return together()
+        posterior = together()
+        if posterior.attrs["problems"]:
+            problems = "; ".join(posterior.attrs["problems"])
+            warnings.warn(f"SVI: {problems}", ConvergenceWarning, stacklevel=2)
+        return posterior
 
     def _check_learned(self, learned: Sequence[str]) -> None:
         if learned and self.coordinates == "laplace":
@@ -212,16 +219,17 @@ class SVI(Routine):
         self, density: LogDensity, runs: Sequence[Posterior], attrs: dict[str, Any]
     ) -> Posterior:
         """Runs as chains of one posterior."""
-        unconstrained = [run.unconstrained for run in runs if run.unconstrained is not None]
+        unconstrained = torch.cat([r.unconstrained for r in runs if r.unconstrained is not None])
+        problems = run_problems(unconstrained, density.site_names)
         return self.posterior(
             density,
             _chains([run.draws for run in runs]),
             draws_are=runs[0].draws_are,
-            unconstrained=torch.cat(unconstrained),
+            unconstrained=unconstrained,
             sample_stats=_chains([run.sample_stats for run in runs]),
             optimization=_curves([run.optimization for run in runs]),
             point_estimates=_chains([run.point_estimates for run in runs]),
-            attrs=runs[-1].attrs | attrs,
+            attrs=runs[-1].attrs | attrs | {"problems": problems},
         )
 
 

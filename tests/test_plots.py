@@ -412,7 +412,8 @@ def test_reliability_shows_the_bins(predictions, tmp_path):
         np.testing.assert_allclose(line.get_ydata(), bins.accuracy[seen])
         ends = np.stack(whiskers.get_segments())[:, :, 1]
         chance = (bins.confidence * (1 - bins.confidence) / bins.count).sqrt()[seen]
-        np.testing.assert_allclose(ends[:, 1] - ends[:, 0], 2 * chance)
+        np.testing.assert_allclose(ends[:, 1], (bins.accuracy[seen] + chance).clip(max=1))
+        np.testing.assert_allclose(ends[:, 0], (bins.accuracy[seen] - chance).clip(min=0))
         np.testing.assert_allclose([bar.get_height() for bar in bars], bins.count / 300)
         places = [bar.get_x() + bar.get_width() / 2 for bar in bars]
         np.testing.assert_array_equal(np.floor(np.multiply(places, 8)), range(8))
@@ -451,3 +452,20 @@ def test_pyplot_is_neither_needed_nor_loaded():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_whiskers_of_a_reliability_diagram_stay_where_accuracies_can_be(tmp_path):
+    labels = torch.tensor([0, 0, 1, 1])
+    sure = {"SVI": torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.8, 0.2]])}
+    curves, _ = drawn(plots.reliability(sure, labels, num_bins=8), tmp_path)
+    _, _, (whiskers,) = curves.containers[0]
+    (_, wrong), (low, right) = (segment[:, 1] for segment in whiskers.get_segments())
+    assert right == 1
+    assert low == pytest.approx(1 - (0.9 * 0.1 / 2) ** 0.5)
+    assert wrong == pytest.approx((0.8 * 0.2 / 2) ** 0.5)
+
+
+def test_errors_of_calibration_are_those_of_the_figure(predictions):
+    probabilities, labels = predictions
+    error = expected_calibration_error(probabilities["NUTS"], labels)
+    assert legend_of(plots.reliability(probabilities, labels))[0] == f"NUTS (ECE {error:.3f})"

@@ -52,14 +52,14 @@ def reliability(
     probabilities: Mapping[str, Float[Tensor, "*_batch _class"]],
     labels: Shaped[Tensor, "*_batch"],
     *,
-    num_bins: int = 10,
+    num_bins: int = 15,
     title: str | None = None,
 ) -> Figure:
     """Draw how often predictions are right against how sure they are, and how sure most are.
 
     On the diagonal, confidence can be taken at its word. Whiskers are one standard deviation of
-    the accuracy that chance alone gives to a bin of as many predictions with this confidence. The
-    legend gives each method's expected calibration error.
+    the accuracy that chance alone gives to a bin of as many predictions with this confidence, cut
+    where no accuracy can be. The legend gives each method's expected calibration error.
 
     Args:
         probabilities: For each method, its predicted probability of each class.
@@ -87,9 +87,11 @@ def reliability(
         count, confidence, right = (part.detach().cpu().double().numpy() for part in bins)
         seen = count > 0
         chance = np.sqrt(confidence * (1 - confidence) / count.clip(min=1))
+        low, high = right - (right - chance).clip(min=0), (right + chance).clip(max=1) - right
+        whiskers = np.stack([low, high])[:, seen]
         label = f"{method} (ECE {error.item():.3f})"
         style = {"color": color, "marker": "o", "markersize": 5, "capsize": 2, "label": label}
-        handles.append(curves.errorbar(confidence[seen], right[seen], chance[seen], **style))
+        handles.append(curves.errorbar(confidence[seen], right[seen], whiskers, **style))
         centers = (np.arange(num_bins) + 0.5) / num_bins
         offset = (place - (len(probabilities) - 1) / 2) * width
         shares.bar(centers + offset, count / count.sum(), width, color=color)

@@ -163,6 +163,21 @@ def test_ratio_of_spread_to_a_reference(rng):
 def test_pareto_k_is_the_tail_index(rng, tail):
     """Weights from a Pareto law of known index; the sign of the log weights decides which tail."""
     weights = stats.genpareto(tail).rvs(20_000, random_state=rng)
-    assert abs(pareto_k(np.log(weights).reshape(4, -1)) - tail) < 0.12
+    assert abs(pareto_k(np.log(weights)) - tail) < 0.12
     table = summary(rng, markov=False, log_weights=np.log(weights))
     np.testing.assert_allclose(table["pareto_k"], pareto_k(np.log(weights)))
+
+
+def test_pareto_k_is_that_of_the_worst_run(rng):
+    """Pooled with a good run, whose log weights are larger, a bad one would not be seen."""
+    good, bad = (
+        100 + 0.1 * rng.normal(size=1000),
+        np.log(stats.genpareto(1.5).rvs(1000, random_state=rng)),
+    )
+    assert pareto_k(np.stack([good, bad])) == pareto_k(bad) > 1
+    assert pareto_k(np.concatenate([good, bad])) < 0.7
+
+
+def test_pareto_k_of_few_draws_is_not_known(rng):
+    assert np.isnan(pareto_k(rng.normal(size=(2, 24))))
+    assert np.isfinite(pareto_k(rng.normal(size=(2, 25))))

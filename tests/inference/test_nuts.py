@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
 from bayesattn.inference.chain_processes import can_fork
 from bayesattn.inference.convergence import (
@@ -24,7 +25,7 @@ from bayesattn.inference.convergence import (
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.markov_chain import STATISTICS, ChainDraws, equally_long
 from bayesattn.inference.nuts import NUTS
-from bayesattn.inference.running import ConvergenceWarning
+from bayesattn.inference.running import ConvergenceWarning, seeded
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 2.0]], dtype=torch.float64)
@@ -162,6 +163,12 @@ def test_effective_sizes_go_by_parts(generator):
     draws[:, :, 77] = draws[:, :, 77].cumsum(1)
     alone = smallest_effective_size(draws[:, :, 77:78])
     assert smallest_effective_size(draws) == pytest.approx(alone)
+
+
+def test_effective_size_of_chains_that_swing_is_not_negative():
+    """Pyro's estimate is -30: the lags of draws that alternate have sums below zero."""
+    swinging = (-1.0) ** torch.arange(30)
+    assert smallest_effective_size(swinging[None, :, None]) == 0
 
 
 def test_a_badly_scaled_posterior_is_flagged():
@@ -379,3 +386,33 @@ def test_one_graph_serves_starts_and_chains():
     nuts = NUTS(gaussian, chain_method="processes")
     run(nuts, num_chains=2)
     assert nuts.density_settings.graphs.num_recordings == 2
+
+
+def with_parameters(net, frozen):
+    def model():
+        pyro.module("net", net)
+        pyro.module("frozen", frozen)
+        scale = pyro.param("scale", torch.tensor(2.0))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("fit", -scale * (frozen(net(x[None])) - 1).square().sum())
+
+    return model
+
+
+@short
+def test_parameters_that_are_held_are_named():
+    with seeded(0):
+        net, frozen, unused = (nn.Linear(1, 1) for _ in range(3))
+    frozen.requires_grad_(False).eval()
+    with pytest.warns(
+        UserWarning, match=r"holds .*\['net\$\$\$weight', 'net\$\$\$bias', 'scale'\]"
+    ):
+        NUTS(with_parameters(net, frozen)).run(
+            warmup_steps=3, num_samples=3, seed=0, progress=False
+        )
+
+    def undeclared():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("fit", -unused(x[None]).square().sum())
+
+    NUTS(undeclared).run(warmup_steps=3, num_samples=3, seed=0, progress=False)

@@ -67,3 +67,54 @@ def test_one_value_for_many_rows_is_looked_at():
 
     with pytest.raises(ValueError, match=r"5 of 5"):
         LogDensity(repeated, torch.tensor([0.5]), settings=EAGER)
+
+
+def in_a_plate(make_distribution):
+    def model(data):
+        latent = pyro.sample("latent", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("row", 5):
+            pyro.sample("value", make_distribution(latent), obs=data)
+
+    return model
+
+
+def mixed_in_a_plate(data):
+    latent = pyro.sample("latent", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    with pyro.plate("row", 5):
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(5)))
+        pyro.sample("value", dist.Normal(latent[kind], 1.0), obs=data)
+
+
+def without_a_plate(data):
+    latent = pyro.sample("latent", dist.Normal(torch.zeros(()), 1.0))
+    pyro.sample("value", dist.Normal(latent + torch.zeros(5), 1.0), obs=data)
+
+
+CROSSED = {
+    "column": (in_a_plate(lambda z: dist.Normal(z.expand(5), 1.0)), (5, 1)),
+    "column of one number": (in_a_plate(lambda z: dist.Normal(z, 1.0)), (5, 1)),
+    "rows too many": (in_a_plate(lambda z: dist.Normal(z, 1.0)), (3, 5)),
+    "events in a column": (
+        in_a_plate(lambda z: dist.Normal(z.expand(2), 1).to_event(1)),
+        (5, 1, 2),
+    ),
+    "mixture": (mixed_in_a_plate, (5, 1)),
+    "no plate": (without_a_plate, (5, 1)),
+}
+
+
+@pytest.mark.parametrize(("model", "shape"), CROSSED.values(), ids=CROSSED)
+def test_data_that_cross_their_distribution_are_refused(model, shape):
+    with pytest.raises(ValueError, match=rf"'value' data of shape \({shape[0]}, .* no plate"):
+        LogDensity(model, torch.zeros(shape), settings=EAGER)
+
+
+@pytest.mark.parametrize("model", [in_a_plate(lambda z: dist.Normal(z, 1.0)), mixed_in_a_plate])
+def test_data_of_the_shape_of_the_plates_are_taken(model):
+    for shape in ((5,), (1,), ()):
+        LogDensity(model, torch.zeros(shape), settings=EAGER)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), ()])
+def test_without_plates_many_draws_of_one_distribution_are_taken(shape):
+    LogDensity(without_a_plate, torch.zeros(shape), settings=EAGER)

@@ -401,3 +401,23 @@ def test_fields_that_do_not_fit_are_refused(fields, message):
     given = {"draws": {"a": torch.zeros(2, 3)}, "method": "SVGD", "draws_are": "particles"}
     with pytest.raises(ValueError, match=message):
         Posterior(**{**given, **fields})
+
+
+def test_a_reference_must_have_the_same_sites(fitted):
+    lacking = fitted.replace(draws={"share": fitted["share"]})
+    other = fitted.replace(draws={**fitted.draws, "share": fitted["share"][..., None]})
+    for reference, name in ((lacking, "query_weight"), (other, "share")):
+        with pytest.raises(ValueError, match=rf"reference must have the same sites.*'{name}'"):
+            fitted.summary(reference=reference)
+    lacking.summary(reference=fitted)
+
+
+def test_labels_of_unknown_axes_are_refused(fitted):
+    with pytest.raises(ValueError, match=r"coords labels the axes \['grp'\], but .*'chain'"):
+        fitted.to_arviz(coords={"grp": ["a"]})
+
+
+def test_sites_are_not_a_text(fitted):
+    for call in (fitted.summary, fitted.to_arviz, fitted.predict):
+        with pytest.raises(ValueError, match="sites must be a list of names, got the text 'share'"):
+            call(sites="share")

@@ -470,7 +470,7 @@ def test_bad_arguments_are_refused(fitted, draws, data):
         fitted.posterior_predictive(data[0])
     with pytest.raises(ValueError, match="this posterior has no model"):
         fitted.replace(model=None).predict(data[0])
-    with pytest.raises(ValueError, match="knows no training arguments, so give some"):
+    with pytest.raises(ValueError, match=r"no training arguments: .* posterior\.replace\(args="):
         fitted.replace(args=()).predict()
 
 

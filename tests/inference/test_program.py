@@ -310,3 +310,18 @@ def test_masked_entries_may_be_nan():
     row = torch.full((1, 1), 0.4)
     expected = LogDensity(noisy, Y).value_and_score(row)
     torch.testing.assert_close(LogDensity(model, y).value_and_score(row), expected)
+
+
+def test_errors_of_torch_and_pyro_are_told_in_a_line():
+    """Less the table of shapes that Pyro appends, and the entries that torch found invalid."""
+    x = torch.ones(40, 2)
+    x[3, 1] = torch.nan
+
+    def model(x):
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("row", len(x)):
+            pyro.sample("y", dist.Normal(x @ slope, 1.0), obs=torch.zeros(len(x)))
+
+    with pytest.raises(ValueError, match=r"found invalid values; NaN .* argument 'x'$") as caught:
+        LogDensity(model, x)
+    assert "\n" not in str(caught.value)

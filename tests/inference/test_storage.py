@@ -239,6 +239,15 @@ def test_places_that_cannot_be_written_are_refused_at_once(fitted, tmp_path, suf
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_fails_while_writing_names_the_path(fitted, tmp_path, suffix):
+    path = tmp_path / f"{'long' * 60}.{suffix}"
+    with pytest.raises(OSError, match=rf"^cannot write {path}: ") as caught:
+        fitted.save(path)
+    assert "partial" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_appears_whole_or_not_at_all(fitted, tmp_path, monkeypatch, suffix):
     path = tmp_path / f"fit.{suffix}"
     fitted.save(path)
@@ -275,7 +284,7 @@ def test_files_of_others_are_refused(tmp_path, suffix):
         xr.Dataset({"a": ("x", [1.0])}).to_netcdf(path, engine="h5netcdf")
     else:
         safetensors.torch.save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="is not a posterior that bayesattn saved"):
+    with pytest.raises(ValueError, match=r"bayesattn saved: it has no entry 'bayesattn'$"):
         Posterior.load(path)
 
 

@@ -1,5 +1,6 @@
 """Tests of bayesattn.inference.svi: guides against closed forms, and what programs learn."""
 
+import functools
 import math
 
 import pyro
@@ -11,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.running import NonFiniteError
+from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
 from bayesattn.inference.svi import SVI
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -255,6 +256,24 @@ def test_runs_are_chains_and_the_first_is_that_of_a_single_run(generator):
     assert torch.equal(several.optimization["elbo"][:1], one.optimization["elbo"])
 
 
+def two_modes():
+    x = pyro.sample("x", dist.Normal(0.0, 10.0))
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("modes", torch.logaddexp(-8 * (x - 4) ** 2, -8 * (x + 4) ** 2))
+
+
+def test_runs_that_disagree_are_warned_of():
+    with pytest.warns(ConvergenceWarning, match=r"^SVI: the 4 runs disagree.*\d, at site 'x'"):
+        posterior = run(SVI(two_modes), num_runs=4)
+    assert len(posterior.attrs["problems"]) == 1
+
+
+def test_runs_that_agree_and_points_are_not_warned_of():
+    assert run(SVI(gaussian), num_runs=3).attrs["problems"] == []
+    guide = AutoDelta(gaussian)
+    assert run(SVI(gaussian, guide=guide), num_runs=2, num_steps=3).attrs["problems"] == []
+
+
 # ---------------------------------------------------------------- parameters to learn
 
 
@@ -491,3 +510,45 @@ def test_elbo_is_that_of_the_recorded_density():
     expected = density.value_and_score(MEAN[None])[0].item() + entropy
     # One draw: its own log density under the guide stands for the entropy.
     assert posterior.optimization["elbo"].item() == pytest.approx(expected, abs=8.0)
+
+
+def positive(data):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("row", len(data)):
+        pyro.sample("y", dist.Normal(0.0, scale), obs=data)
+
+
+def without_arguments():
+    pyro.sample("scale", dist.HalfNormal(1.0))
+
+
+def of_another_support(data):
+    pyro.sample("scale", dist.Normal(-9.0, 0.1))
+
+
+def with_more_sites(data, helper=None):
+    pyro.sample("extra", dist.Normal(0.0, 1.0), infer={"is_auxiliary": helper is not None})
+    pyro.sample("scale", dist.LogNormal(pyro.param("location", torch.tensor(0.0)), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (without_arguments, r"the guide failed when run on arguments .*TypeError"),
+        (of_another_support, r"the guide draws values that .*'scale': GreaterThan"),
+        (with_more_sites, r"the guide has sites \['extra'\] that are no latent"),
+    ],
+)
+def test_guides_that_do_not_fit_are_refused_at_once(guide, message, generator):
+    with pytest.raises(ValueError, match=message):
+        run(SVI(positive, guide=guide), torch.ones(3), num_steps=3, num_samples=3)
+
+
+def test_sites_that_help_a_guide_are_taken():
+    guide = functools.partial(with_more_sites, helper=True)
+    run(SVI(positive, guide=guide), torch.ones(3), num_steps=3, num_samples=3)
+
+
+def test_the_summary_of_a_point_is_its_value():
+    table = run(SVI(gaussian, guide="delta"), num_steps=3).summary()
+    assert list(table.columns) == ["mean"]
