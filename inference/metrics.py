@@ -5,7 +5,7 @@ r"""Working coordinates from a cloud of particles, in which the posterior is nea
 
 Source:
     Wang et al. (2019), Stein variational gradient descent with matrix-valued kernels,
-    arXiv:1910.12794, section 3, for the average curvature.
+    arXiv:1910.12794, for the average curvature.
 """
 
 from typing import Literal

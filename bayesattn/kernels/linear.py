@@ -39,7 +39,7 @@ class Linear(Summable):
         location: m; the particles' mean by default.
 
     Source:
-        Liu and Wang (2018), arXiv:1810.11693, theorem 3.1 and corollary 3.3.
+        Liu and Wang (2018), arXiv:1810.11693. A sum with a radial kernel is ours.
     """
 
     bandwidth: Bandwidth = "mean"

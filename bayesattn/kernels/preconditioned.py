@@ -4,7 +4,7 @@ r"""A kernel in other linear coordinates, which moves particles as steps in thos
 
 Source:
     Wang, Tang, Bajaj and Liu (2019), Stein variational gradient descent with matrix-valued kernels,
-    arXiv:1910.12794, section 3, with a constant preconditioner.
+    arXiv:1910.12794, with a constant preconditioner.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ Source:
     Liu and Wang (2016), Stein variational gradient descent, arXiv:1608.04471.
     Wang et al. (2019), SVGD with matrix-valued kernels, arXiv:1910.12794.
     Gallego and Rios Insua (2018), Stochastic gradient MCMC with repulsive forces,
-    arXiv:1812.00071, section 3, for the noise.
+    arXiv:1812.00071, for the noise.
 """
 
 from collections.abc import Mapping

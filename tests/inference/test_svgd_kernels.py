@@ -195,7 +195,6 @@ def test_few_particles_recover_a_badly_scaled_gaussian_by_its_curvature(generato
         return ((draws.mean(1) - 1) / UNITS).abs().max()
 
     assert worst_shift("curvature") < 0.1
-    assert worst_shift("diagonal") > 0.1
     assert worst_shift("none") > 0.1
 
 
