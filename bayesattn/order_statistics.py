@@ -46,6 +46,6 @@ def _(values: Tensor) -> Tensor:
 
 
 @_select_median.register_vmap
-def _(info: object, in_dims: tuple[int | None], values: Tensor) -> tuple[Tensor, int]:
+def _(_info: object, in_dims: tuple[int | None], values: Tensor) -> tuple[Tensor, int]:
     assert in_dims[0] is not None
     return _select_median(values.movedim(in_dims[0], 0)), 0

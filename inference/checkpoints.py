@@ -33,6 +33,7 @@ __all__ = [
     "described",
     "load_random_state",
     "random_state",
+    "resumed_seed",
     "run_identity",
 ]
 
@@ -132,23 +133,15 @@ class CheckpointFile:
         """
         if not self.path.exists():
             return None
-        try:
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["checkpoint"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{self.path} is no checkpoint of bayesattn: {error!r}") from error
-        if about["format"] > FORMAT:
-            raise ValueError(
-                f"{self.path} has format {about['format']}, but this version reads up to {FORMAT}; "
-                "install a newer bayesattn"
-            )
+        about = _about(self.path)
+        with safetensors.safe_open(self.path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self._check(about)
         return _unpacked(about["state"], tensors)
 
     def _check(self, about: Mapping[str, Any]) -> None:
         saved, present = about["identity"], self._identity
-        for name in present.keys() | saved.keys():
+        for name in dict.fromkeys([*present, *saved]):
             if saved.get(name) != present.get(name):
                 raise ValueError(
                     f"{self.path} is the checkpoint of another run: its {name} is "
@@ -168,10 +161,18 @@ class CheckpointFile:
             )
 
 
-def run_identity(density: LogDensity, method: str, **settings: Any) -> dict[str, Any]:
+def resumed_seed(seed: Any, checkpoint: Checkpoint | None) -> Any:
+    """The given seed, or where there is none, that of the run that a checkpoint goes on with."""
+    if seed is not None or checkpoint is None or not Path(checkpoint.path).is_file():
+        return seed
+    return _about(Path(checkpoint.path))["identity"]["seed"]
+
+
+def run_identity(density: LogDensity, method: str, seed: int, **settings: Any) -> dict[str, Any]:
     """What a run is: its program's sites, how it is evaluated, and further plain values."""
     return {
         "method": method,
+        "seed": seed,
         "sites": [[s.name, list(s.shape), described(s.support)] for s in density.sites],
         "dtype": str(density.dtype),
         "device": density.device.type,
@@ -218,6 +219,20 @@ def load_random_state(
     random.setstate((version, tuple(internal.tolist()), next_gauss))
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["checkpoint"])
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is no checkpoint of bayesattn: {error!r}") from error
+    if about["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {about['format']}, but this version reads up to {FORMAT}; install "
+            "a newer bayesattn"
+        )
+    return about
 
 
 def _place() -> dict[str, str]:

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from bayesattn.inference.checkpoints import Checkpoint
+from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.coordinates import Affine
 from bayesattn.inference.frozen_kernels import tensors_of, with_tensors
 from bayesattn.inference.initialization import Init
 from bayesattn.inference.langevin import LangevinStepper, Noise, SPOSState
+from bayesattn.inference.learned_parameters import warn_of_held_parameters
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.metrics import MetricChoice
 from bayesattn.inference.particle_views import ParticleView
@@ -147,11 +148,14 @@ class SPOS(Routine):
         thinning = check_count("thinning", thinning)
         num_steps = warmup_steps + thinning * check_count("num_samples", num_samples)
         num_runs = check_count("num_runs", num_runs)
+        saved = Checkpoint.of(checkpoint)
+        seed = resumed_seed(seed, saved)
         loop = StepLoop("SPOS", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
+        warn_of_held_parameters(density, "SPOS")
         view = self.transient.view(density, num_runs)
         loop.save_to(
-            checkpoint,
+            saved,
             density,
             num_runs=num_runs,
             warmup_steps=warmup_steps,

@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -114,15 +113,12 @@ class StepLoop:
         self.check_every = check_count("check_every", check_every)
         self.label, self.show = label, progress
         self.checkpoint: CheckpointFile | None = None
-        self._given_seed = seed
         self.seed = resolve_seed(seed)
         self.generator = torch.Generator().manual_seed(self.seed)
         # Another seed, lest the two streams be the same numbers.
         self._global_seed = int(torch.randint(2**31, (), generator=self.generator))
 
-    def save_to(
-        self, checkpoint: Checkpoint | str | Path | None, density: LogDensity, **settings: Any
-    ) -> None:
+    def save_to(self, checkpoint: Checkpoint | None, density: LogDensity, **settings: Any) -> None:
         """Save the run to a checkpoint, and go on from it where it is there already.
 
         Args:
@@ -133,10 +129,9 @@ class StepLoop:
         Raises:
             OSError: If nothing can be written there.
         """
-        chosen = Checkpoint.of(checkpoint)
-        if chosen is not None:
-            identity = run_identity(density, self.label, num_steps=self.num_steps, **settings)
-            self.checkpoint = CheckpointFile(chosen, identity)
+        if checkpoint is not None:
+            about = {"seed": self.seed, "num_steps": self.num_steps} | settings
+            self.checkpoint = CheckpointFile(checkpoint, run_identity(density, self.label, **about))
 
     def random_state(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """Fork and seed global random state for what draws from it."""
@@ -186,19 +181,14 @@ class StepLoop:
 
     def _save(self, record: "_Record", random: dict[str, Any]) -> None:
         if self.checkpoint is not None:
-            about = {"seed": self.seed, "random": random, "steps": record.steps.state_dict()}
-            self.checkpoint.save(about | {"record": record.state_dict()})
+            about = {"record": record.state_dict(), "steps": record.steps.state_dict()}
+            self.checkpoint.save(about | {"random": random})
 
     def _go_on(self, record: "_Record") -> None:
         """Go to where the checkpoint is, if there is one."""
         state = None if self.checkpoint is None else self.checkpoint.load()
         if state is None:
             return
-        if self._given_seed is not None and self.seed != state["seed"]:
-            raise ValueError(
-                f"the checkpoint is of a run with seed={state['seed']}, got seed={self.seed}"
-            )
-        self.seed = state["seed"]
         record.steps.load_state_dict(state["steps"])
         record.load_state_dict(state["record"])
         load_random_state(state["random"], {"loop": self.generator}, record.steps.device)
@@ -270,7 +260,8 @@ class _Record:
         raise NonFiniteError(
             f"{self.loop.label}: the log density or its score is not finite at step {bad}{where}; "
             f"what there was at step {self.good_step} is kept in this error's .posterior. A "
-            "smaller learning rate, other starts (init=) or coordinates='laplace' may help",
+            "smaller learning rate or step size, other starts (init=) or coordinates='laplace' "
+            "may help",
             step=bad,
             sites=sites,
             posterior=self.finished(self.good, self.good_step),

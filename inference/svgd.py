@@ -11,7 +11,8 @@ Source:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 import torch
@@ -19,8 +20,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn.inference import stein
+from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.coordinates import Affine, check_hessians, identity, laplace
 from bayesattn.inference.initialization import Init, initial_values, set_apart
+from bayesattn.inference.learned_parameters import warn_of_held_parameters
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.metrics import (
     Metric,
@@ -149,6 +152,7 @@ class SVGD(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
+        checkpoint: Checkpoint | str | Path | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -163,6 +167,8 @@ class SVGD(Routine):
             progress: Whether to show a progress bar.
             init: Where to start; see :func:`bayesattn.inference.initial_values`. Particles that
                 would start at one place are moved a little apart.
+            checkpoint: File to save the run to, and to go on from where it is there already; see
+                :class:`bayesattn.inference.Checkpoint`.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -174,9 +180,13 @@ class SVGD(Routine):
             NonFiniteError: If values or scores stop being finite; what there was is attached.
         """
         num_runs = check_count("num_runs", num_runs)
+        saved = Checkpoint.of(checkpoint)
+        seed = resumed_seed(seed, saved)
         loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
+        warn_of_held_parameters(density, "SVGD")
         view = self.view(density, num_runs)
+        loop.save_to(saved, density, num_runs=num_runs, **self.identity())
         with loop.random_state(density.device):
             return loop.run(self.begin(density, view, init, loop, num_runs))
 
@@ -198,6 +208,12 @@ class SVGD(Routine):
         apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
         state = self.init(apart, outside, frame or identity(particles[:, 0]))
         return SVGDRun(self, density, view, state, metric, loop)
+
+    def identity(self) -> dict[str, Any]:
+        """Settings that a run cannot be gone on with if they are others."""
+        names = ("num_particles", "particle_plate", "outside", "metric", "coordinates", "kernel")
+        names = (*names, "optimizer", "schedule", "temperature")
+        return {name: getattr(self, name) for name in names}
 
     def view(self, density: LogDensity, num_runs: int) -> ParticleView:
         """What a particle is.
@@ -332,6 +348,28 @@ class SVGDRun:
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
         return self.state.copied()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Particles, coordinates and the optimizer's state."""
+        state = self.state
+        return {
+            "working": state.working.detach(),
+            "outside": state.outside.detach(),
+            "metric": [*state.metric],
+            "frame": [*self.frame],
+            "optimizer": state.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken."""
+        metric, frame = (
+            Affine(*(part.to(self.device) for part in state[name])) for name in ("metric", "frame")
+        )
+        with torch.no_grad():
+            self.state.working.copy_(state["working"])
+            self.state.outside.copy_(state["outside"])
+        self.state.optimizer.load_state_dict(state["optimizer"])
+        self.state, self.frame = self.state._replace(metric=metric), frame
 
     def figures(self, info: SVGDInfo) -> dict[str, float]:
         """What the bar shows."""

@@ -15,11 +15,13 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
+from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.convergence import run_problems
 from bayesattn.inference.density_fit import DensityFit
 from bayesattn.inference.guide_fits import GUIDES, GuideFit, SVIInfo
@@ -117,6 +119,7 @@ class SVI(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
+        checkpoint: Checkpoint | str | Path | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -131,6 +134,8 @@ class SVI(Routine):
             progress: Whether to show a progress bar.
             init: Where the guide's mean starts; see :func:`bayesattn.inference.initial_values`. Not
                 for guides of your own.
+            checkpoint: File to save the run to, and to go on from where it is there already; see
+                :class:`bayesattn.inference.Checkpoint`. Several runs have one each.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -147,7 +152,8 @@ class SVI(Routine):
         num_runs = check_count("num_runs", num_runs)
         if init is not None and not isinstance(self.guide, str):
             raise ValueError("init goes with named guides; a guide of your own has its own start")
-        seed, began = resolve_seed(seed), time.perf_counter()
+        saved = self._checkpoints(checkpoint, num_runs)
+        seed, began = resolve_seed(resumed_seed(seed, saved[0])), time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**31, (num_runs,), generator=generator).tolist()
         labels = [
@@ -166,7 +172,8 @@ class SVI(Routine):
             attrs = {"seed": seed, "seconds": time.perf_counter() - began}
             return self._joined(density, runs, attrs)
 
-        for loop in loops:
+        for loop, file in zip(loops, saved, strict=True):
+            loop.save_to(file, density, **self._identity() | {"seed": seed})
             with contextlib.ExitStack() as stack:
                 stack.enter_context(loop.random_state(density.device))
                 guide = copied_guide(self.guide, density)
@@ -185,6 +192,20 @@ class SVI(Routine):
             problems = "; ".join(posterior.attrs["problems"])
             warnings.warn(f"SVI: {problems}", ConvergenceWarning, stacklevel=2)
         return posterior
+
+    def _checkpoints(
+        self, given: Checkpoint | str | Path | None, num_runs: int
+    ) -> list[Checkpoint | None]:
+        """One for each run."""
+        checkpoint = Checkpoint.of(given)
+        if checkpoint is None or num_runs == 1:
+            return [checkpoint] * num_runs
+        return [checkpoint.numbered(1 + run) for run in range(num_runs)]
+
+    def _identity(self) -> dict[str, Any]:
+        """Settings that a run cannot be gone on with if they are others."""
+        names = ("guide", "num_elbo_particles", "init_scale", "coordinates", "optimizer")
+        return {name: getattr(self, name) for name in (*names, "schedule")}
 
     def _check_learned(self, learned: Sequence[str]) -> None:
         if learned and self.coordinates == "laplace":
@@ -220,6 +241,7 @@ class SVI(Routine):
     ) -> Posterior:
         """Runs as chains of one posterior."""
         unconstrained = torch.cat([r.unconstrained for r in runs if r.unconstrained is not None])
+        count = self.num_elbo_particles * sum(run.attrs["num_steps"] for run in runs)
         problems = run_problems(unconstrained, density.site_names)
         return self.posterior(
             density,
@@ -229,7 +251,7 @@ class SVI(Routine):
             sample_stats=_chains([run.sample_stats for run in runs]),
             optimization=_curves([run.optimization for run in runs]),
             point_estimates=_chains([run.point_estimates for run in runs]),
-            attrs=runs[-1].attrs | attrs | {"problems": problems},
+            attrs=runs[-1].attrs | attrs | {"problems": problems, "gradient_evaluations": count},
         )
 
 
