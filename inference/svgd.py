@@ -73,7 +73,7 @@ class SVGD(Routine):
             for the first 70 % of a run, then frozen: ``"full"``, ``"diagonal"`` or ``"none"``;
             ``"auto"`` takes full from four particles a dimension on, else diagonal from 20
             particles on, else none. Or ``"curvature"``: from the average Hessian at the particles,
-            however few they are, from the start on.
+            however few they are; far from the mode it misleads, so best with ``"laplace"``.
         temperature: T of the target p^(1/T), or a function of progress in [0, 1].
         coordinates: ``"raw"``, or ``"laplace"`` for badly scaled posteriors of some ten dimensions.
         **density: ``compile``, ``chunk_size``, ``stochastic``, ``max_plate_nesting``: see
@@ -332,9 +332,7 @@ class SVGDRun:
     def advance(self, step: int) -> SVGDInfo:
         """Measure the particles anew where it is time, and move them."""
         svgd, progress = self.svgd, step / self.num_steps
-        # Starts say nothing of the posterior's spread, but its curvature at them does.
-        is_time = step % svgd.metric_every == 0 and progress <= svgd.metric_until
-        if is_time and (step or self.metric == "curvature"):
+        if step and step % svgd.metric_every == 0 and progress <= svgd.metric_until:
             self.state = stein.remeasured(self.state, self._measured(self.state.particles))
         self.state, info = svgd.step(self.state, self.stepper, self.loop.generator, progress)
         return info

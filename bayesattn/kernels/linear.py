@@ -29,8 +29,8 @@ class Linear(Summable):
 
     SVGD with it alone gives particles, more of them than dimensions, the mean and the covariance
     of a Gaussian exactly, and knows of nothing else. ``RBF() + Linear()`` adds that to a kernel
-    that sees the shape; but its pull does not fall off with distance, so that on skewed or
-    heavy-tailed posteriors particles far out are known to push each other farther without end.
+    that sees the shape; but its push does not fall off with distance, so that on skewed or
+    heavy-tailed posteriors particles far out can run away.
 
     Args:
         bandwidth: "mean", where :math:`c^2` is the particles' mean squared distance from their
