@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["lower_median"]
 
 # Below this, a call of the operator takes longer than the selection.
-_FEWEST = 8192
+_FEWEST = 2048
 
 
 def lower_median(values: Float[Tensor, "*rows entry"]) -> Float[Tensor, "*rows"]:

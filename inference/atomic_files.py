@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors
+
 __all__ = ["check_place", "replaced"]
 
 
@@ -24,12 +26,22 @@ def check_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a place beside a file to write to, and move what is there to the file in the end."""
+    """Give a place beside a file to write to, and move what is there to the file in the end.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        # Texts of the formats' libraries name the partial file, or one of their own.
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number else str(error).split(" at path")[0]
+        raise OSError(f"cannot write {path}: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -72,8 +72,15 @@ class Checkpoint:
         """A checkpoint of a path, if it is none yet."""
         return cls(given) if isinstance(given, str | Path) else given
 
-    def numbered(self, number: int) -> "Checkpoint":
-        """The one of a run or chain of this number."""
+    @classmethod
+    def each(cls, given: "Checkpoint | str | Path | None", count: int) -> "list[Checkpoint | None]":
+        """One for each of several runs or chains; the given one where there is but one."""
+        checkpoint = cls.of(given)
+        if checkpoint is None or count == 1:
+            return [checkpoint] * count
+        return [checkpoint._numbered(1 + number) for number in range(count)]
+
+    def _numbered(self, number: int) -> "Checkpoint":
         path = Path(self.path)
         return Checkpoint(
             path.with_name(f"{path.stem}-{number}{path.suffix}"),

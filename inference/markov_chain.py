@@ -15,6 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.inference.checkpoints import CheckpointFile, load_random_state, random_state
+from bayesattn.inference.nuts_state import load_sampler_state, sampler_state
+
 __all__ = ["STATISTICS", "ChainDraws", "WatchedNUTS", "equally_long", "sample_chain"]
 
 STATISTICS = ("lp", "acceptance_rate", "step_size", "tree_depth", "n_steps", "diverging", "energy")
@@ -28,20 +31,30 @@ class ChainDraws(NamedTuple):
     Attributes:
         working: Draws in working coordinates.
         statistics: One column for each of :data:`STATISTICS`.
+        num_steps: Leapfrog steps in all, warmup included: one gradient each.
     """
 
     working: Float[np.ndarray, "draw dim"]
     statistics: Float[np.ndarray, "draw statistic"]
+    num_steps: int
 
 
 class WatchedNUTS(pyro.infer.NUTS):
-    """Pyro's sampler, counting what each draw took."""
+    """Pyro's sampler, counting what each draw took.
+
+    Attributes:
+        num_leapfrogs: Leapfrog steps of all draws so far.
+    """
+
+    num_leapfrogs = 0
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make the next draw."""
         self._leaves: list[Any] = []
         self._start_energy: Tensor | None = None
-        return super().sample(params)
+        draw = super().sample(params)
+        self.num_leapfrogs += len(self._leaves)
+        return draw
 
     @property
     def acceptance_rate(self) -> float:
@@ -92,6 +105,7 @@ def sample_chain(
     num_samples: int,
     tick: Tick,
     stop: Callable[[], bool],
+    file: CheckpointFile | None = None,
 ) -> ChainDraws:
     """Run a sampler whose position has one site, ``"working"``.
 
@@ -102,27 +116,73 @@ def sample_chain(
         num_samples: Draws kept.
         tick: Told the figures of each draw.
         stop: Once it says so, the draws so far are all.
+        file: Where the chain is saved, and goes on from where it is there already.
     """
-    position = {"working": start.clone()}
-    working: list[np.ndarray] = []
-    statistics: list[Sequence[float]] = []
+    chain = _Chain(sampler, start)
     # Pyro would read every tensor to validate its own random choices.
     with pyro.validation_enabled(False), torch.enable_grad():
-        sampler.initial_params = position
+        sampler.initial_params = chain.position
         sampler.setup(warmup_steps)
-        for iteration in range(warmup_steps + num_samples):
+        chain.go_on(file)
+        for iteration in range(chain.done, warmup_steps + num_samples):
             if stop():
                 break
-            position = sampler.sample(position)
-            if iteration >= warmup_steps:
-                working.append(position["working"].detach().cpu().numpy().copy())
-                statistics.append(sampler.statistics())
+            chain.advance(is_kept=iteration >= warmup_steps)
             tick({"step size": float(sampler.step_size), "acceptance": sampler.acceptance_rate})
-    count, dim = len(working), start.shape[-1]
-    return ChainDraws(
-        np.array(working, dtype=np.float64).reshape(count, dim),
-        np.array(statistics, dtype=np.float64).reshape(count, len(STATISTICS)),
-    )
+            if file is not None and file.is_due(chain.done):
+                file.save(chain.state_dict())
+        if file is not None:
+            file.save(chain.state_dict())
+    return chain.draws()
+
+
+class _Chain:
+    """A sampler's position, and what was kept of it."""
+
+    def __init__(self, sampler: WatchedNUTS, start: Float[Tensor, " dim"]):
+        self.sampler, self.start = sampler, start
+        self.position = {"working": start.clone()}
+        self.done = 0
+        self.working: list[np.ndarray] = []
+        self.statistics: list[Sequence[float]] = []
+
+    def advance(self, *, is_kept: bool) -> None:
+        self.position = self.sampler.sample(self.position)
+        self.done += 1
+        if is_kept:
+            self.working.append(self.position["working"].detach().cpu().numpy().copy())
+            self.statistics.append(self.sampler.statistics())
+
+    def draws(self) -> ChainDraws:
+        count, dim = len(self.working), self.start.shape[-1]
+        return ChainDraws(
+            np.array(self.working, dtype=np.float64).reshape(count, dim),
+            np.array(self.statistics, dtype=np.float64).reshape(count, len(STATISTICS)),
+            self.sampler.num_leapfrogs,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        draws = self.draws()
+        return {
+            "done": self.done,
+            "position": self.position,
+            "sampler": sampler_state(self.sampler),
+            "kept": [torch.from_numpy(draws.working), torch.from_numpy(draws.statistics)],
+            "num_steps": draws.num_steps,
+            "random": random_state({}, self.start.device),
+        }
+
+    def go_on(self, file: CheckpointFile | None) -> None:
+        """Go to where the checkpoint is, if there is one."""
+        state = None if file is None else file.load()
+        if state is None:
+            return
+        self.done, self.sampler.num_leapfrogs = state["done"], state["num_steps"]
+        self.position = {"working": state["position"]["working"].to(self.start.device)}
+        working, statistics = (part.numpy() for part in state["kept"])
+        self.working, self.statistics = list(working), list(statistics)
+        load_sampler_state(self.sampler, state["sampler"])
+        load_random_state(state["random"], {}, self.start.device)
 
 
 def equally_long(chains: Sequence[ChainDraws]) -> list[ChainDraws]:
@@ -136,4 +196,7 @@ def equally_long(chains: Sequence[ChainDraws]) -> list[ChainDraws]:
 
     length = max(lengths, key=kept)
     whole = [chain for chain in chains if len(chain.working) >= length > 0]
-    return [ChainDraws(chain.working[:length], chain.statistics[:length]) for chain in whole]
+    return [
+        chain._replace(working=chain.working[:length], statistics=chain.statistics[:length])
+        for chain in whole
+    ]

@@ -10,6 +10,7 @@ Source:
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -18,6 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.inference.chain_processes import can_fork, in_processes
+from bayesattn.inference.checkpoints import (
+    Checkpoint,
+    CheckpointFile,
+    resumed_seed,
+    run_identity,
+)
 from bayesattn.inference.convergence import chain_problems
 from bayesattn.inference.coordinates import Affine, differentiable_value, identity, laplace
 from bayesattn.inference.initialization import Init, initial_values
@@ -108,6 +115,7 @@ class NUTS(Routine):
         seed: int | None = None,
         progress: bool = True,
         init: Init = None,
+        checkpoint: Checkpoint | str | Path | None = None,
         **kwargs: Any,
     ) -> Posterior:
         """Sample the posterior given the program's arguments.
@@ -120,6 +128,8 @@ class NUTS(Routine):
             seed: Of starts and chains; fresh if None, and noted in the posterior.
             progress: Whether to show a progress bar.
             init: Where to start; see :func:`bayesattn.inference.initial_values`.
+            checkpoint: File to save the run to, and to go on from where it is there already; see
+                :class:`bayesattn.inference.Checkpoint`. Several chains have one each.
             **kwargs: The program's keyword arguments.
 
         Returns:
@@ -133,7 +143,8 @@ class NUTS(Routine):
         warmup_steps = check_count("warmup_steps", warmup_steps, least=0)
         num_samples = check_count("num_samples", num_samples)
         num_chains = check_count("num_chains", num_chains)
-        seed, began = resolve_seed(seed), time.perf_counter()
+        saved = Checkpoint.each(checkpoint, num_chains)
+        seed, began = resolve_seed(resumed_seed(seed, saved[0])), time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         density = self.log_density(*args, **kwargs)
         if density.program.subsamples:
@@ -145,10 +156,13 @@ class NUTS(Routine):
         frame, starts = self._starts(density, num_chains, init, generator)
         seeds = torch.randint(2**31, (num_chains,), generator=generator).tolist()
 
+        files = [self._file(place, density, seed, warmup_steps, num_samples) for place in saved]
+
         def sample(chain: int, tick: Tick, stop: Callable[[], bool]) -> ChainDraws:
             with seeded(seeds[chain], density.device), private_param_store():
                 sampler = self._sampler(density, frame)
-                return sample_chain(sampler, starts[chain], warmup_steps, num_samples, tick, stop)
+                length = (warmup_steps, num_samples)
+                return sample_chain(sampler, starts[chain], *length, tick, stop, files[chain])
 
         obstacle = can_fork(density.device) if self.chain_method == "processes" else ""
         if obstacle:
@@ -166,6 +180,7 @@ class NUTS(Routine):
         if not kept:
             raise KeyboardInterrupt("NUTS was interrupted before its first draw")
         attrs = {"seed": seed, "seconds": time.perf_counter() - began, "warmup_steps": warmup_steps}
+        attrs["gradient_evaluations"] = sum(chain.num_steps for chain in chains)
         num_kept = len(kept[0].working)
         if len(kept) < num_chains or num_kept < num_samples:
             attrs["interrupted"] = 1
@@ -180,6 +195,22 @@ class NUTS(Routine):
             problems = "; ".join(posterior.attrs["problems"])
             warnings.warn(f"NUTS: {problems}", ConvergenceWarning, stacklevel=2)
         return posterior
+
+    def _file(
+        self,
+        place: Checkpoint | None,
+        density: LogDensity,
+        seed: int,
+        warmup_steps: int,
+        num_samples: int,
+    ) -> CheckpointFile | None:
+        """One chain's checkpoint."""
+        if place is None:
+            return None
+        names = ("step_size", "target_accept_prob", "max_tree_depth", "full_mass", "coordinates")
+        settings = {name: getattr(self, name) for name in names}
+        length = {"warmup_steps": warmup_steps, "num_samples": num_samples}
+        return CheckpointFile(place, run_identity(density, "NUTS", seed, **length, **settings))
 
     def _starts(
         self, density: LogDensity, num_chains: int, init: Init, generator: torch.Generator

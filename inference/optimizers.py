@@ -4,6 +4,7 @@ Any optimizer works that steps on gradients alone. What a routine takes is a fun
 one, such as ``functools.partial(torch.optim.SGD, lr=0.1)``, because its tensors come later.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ class ScheduledOptimizer:
             group["lr"] = rate * factor
         self._optimizer.step()
 
-    @property
+    @functools.cached_property
     def rule(self) -> AdamRule | None:
         """The optimizer as a function of tensors, where it is plain Adam on small tensors."""
         optimizer = self._optimizer
@@ -111,15 +112,14 @@ class ScheduledOptimizer:
             found += [state["exp_avg"], state["exp_avg_sq"]]
         return found
 
-    def coefficients(self, rule: AdamRule, progress: float) -> Float[Tensor, "tensor 2"]:
-        """Those of the next update of each tensor, which is counted."""
-        factor, rows = self._schedule(progress), []
+    def coefficients(self, rule: AdamRule, progress: float) -> list[float]:
+        """Those of the next update of each tensor, two a tensor; the update is counted."""
+        factor, found = self._schedule(progress), []
         for tensor in self._tensors:
             count = self._optimizer.state[tensor]["step"]
             count += 1
-            rows.append(rule.coefficients(self._rates[0] * factor, int(count)))
-        like = self._tensors[0]
-        return torch.tensor(rows, dtype=like.dtype).to(like.device, non_blocking=True)
+            found += rule.coefficients(self._rates[0] * factor, int(count))
+        return found
 
     def accept(self, values: Sequence[Tensor]) -> None:
         """Take over each tensor's value and moments after an update by :attr:`rule`."""
@@ -141,6 +141,7 @@ class ScheduledOptimizer:
         fresh = list(tensors)
         if not fresh:
             return
+        self.__dict__.pop("rule", None)
         self._tensors += fresh
         self._optimizer.add_param_group({"params": fresh})
         groups = self._optimizer.param_groups[len(self._rates) :]

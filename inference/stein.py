@@ -220,12 +220,14 @@ class Stepper:
             progress: In [0, 1], for the optimizer's schedule.
         """
         working, outside, rule = state.working.detach(), state.outside, state.optimizer.rule
-        heat = torch.full((), temperature, dtype=working.dtype, device=working.device)
-        tensors = (working, outside.detach(), *state.metric, heat)
         is_moved = outside.requires_grad
+        numbers, moments = [float(temperature)], []
         if rule is not None:
             moments = state.optimizer.moments()
-            tensors = (*tensors, state.optimizer.coefficients(rule, progress), *moments)
+            numbers += state.optimizer.coefficients(rule, progress)
+        scalars = torch.tensor(numbers, dtype=working.dtype)
+        scalars = scalars.to(working.device, non_blocking=True)
+        tensors = (working, outside.detach(), *state.metric, scalars, *moments)
         key = (rule, is_moved, state.metric.is_diagonal)
         if key not in self._graphs:
             self._graphs[key] = self._graph(rule, is_moved, tensors, subsample)
@@ -256,20 +258,20 @@ class Stepper:
             outside: Tensor,
             location: Tensor,
             scale: Tensor,
-            heat: Tensor,
-            *rest: Tensor,
+            scalars: Tensor,
+            *moments: Tensor,
         ) -> tuple[Tensor, ...]:
             metric = Affine(location, scale)
             figures = movement(
-                value_and_score, working, outside, metric, heat, view=view, kernel=kernel
+                value_and_score, working, outside, metric, scalars[0], view=view, kernel=kernel
             )
             if rule is None:
                 return figures[:7]
-            coefficients, mean, square, *beside = rest
-            moved = rule(working, -figures.direction, mean, square, coefficients[0])
+            mean, square, *beside = moments
+            moved = rule(working, -figures.direction, mean, square, scalars[1:3])
             if is_moved:
                 mean, square = beside
-                moved += rule(outside, -figures.outside, mean, square, coefficients[1])
+                moved += rule(outside, -figures.outside, mean, square, scalars[3:])
             return (*figures[:5], *moved)
 
         key = ("stein", view.key, Same(kernel), rule, is_moved)

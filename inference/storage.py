@@ -5,9 +5,8 @@ A file appears whole or not at all: it is written beside its place and then move
 
 import contextlib
 import json
-import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from bayesattn.inference import export
+from bayesattn.inference.atomic_files import check_place, replaced
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.variables import variable_name
 
@@ -42,16 +42,17 @@ def save(posterior: Posterior, path: Path, **arviz: Any) -> None:
         ValueError: If the suffix is not one of ours, or options are given for safetensors.
         OSError: If nothing can be written there; checked before anything is computed.
     """
-    _check_place(path)
+    _check_suffix(path)
+    check_place(path)
     about = json.dumps(_description(posterior, arviz.get("dims")), default=_plain)
     if path.suffix == ".safetensors":
         if arviz:
             raise ValueError(f"only netCDF files take {sorted(arviz)}")
-        with _replaced(path) as partial:
+        with replaced(path) as partial:
             safetensors.torch.save_file(_tensors(posterior), partial, {"bayesattn": about})
         return
     tree = _tree(posterior, about, arviz)
-    with _replaced(path) as partial:
+    with replaced(path) as partial:
         tree.to_netcdf(partial, engine="h5netcdf")
 
 
@@ -166,32 +167,6 @@ def _tensor(variable: Any) -> Tensor:
 def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {SUFFIXES}, got {path.name!r}")
-
-
-def _check_place(path: Path) -> None:
-    _check_suffix(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write {path}: the folder {path.parent} is not writable")
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        # Texts of the formats' libraries name the partial file, or one of their own.
-        number = getattr(error, "errno", None)
-        reason = os.strerror(number) if number else str(error).split(" at path")[0]
-        raise OSError(f"cannot write {path}: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

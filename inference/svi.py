@@ -152,7 +152,7 @@ class SVI(Routine):
         num_runs = check_count("num_runs", num_runs)
         if init is not None and not isinstance(self.guide, str):
             raise ValueError("init goes with named guides; a guide of your own has its own start")
-        saved = self._checkpoints(checkpoint, num_runs)
+        saved = Checkpoint.each(checkpoint, num_runs)
         seed, began = resolve_seed(resumed_seed(seed, saved[0])), time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**31, (num_runs,), generator=generator).tolist()
@@ -192,15 +192,6 @@ class SVI(Routine):
             problems = "; ".join(posterior.attrs["problems"])
             warnings.warn(f"SVI: {problems}", ConvergenceWarning, stacklevel=2)
         return posterior
-
-    def _checkpoints(
-        self, given: Checkpoint | str | Path | None, num_runs: int
-    ) -> list[Checkpoint | None]:
-        """One for each run."""
-        checkpoint = Checkpoint.of(given)
-        if checkpoint is None or num_runs == 1:
-            return [checkpoint] * num_runs
-        return [checkpoint.numbered(1 + run) for run in range(num_runs)]
 
     def _identity(self) -> dict[str, Any]:
         """Settings that a run cannot be gone on with if they are others."""

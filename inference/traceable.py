@@ -1,6 +1,8 @@
-"""Distributions whose formulas write in place or select by a mask, by formulas that do neither.
+"""Distributions by formulas that suit a trace.
 
-Neither can be traced where what is written or selected depends on latent values.
+Some of torch's and Pyro's write in place or select by a mask, neither of which can be traced where
+it depends on latent values; that of the Bernoulli distribution is traced as twenty passes over the
+data where five do.
 """
 
 import contextlib
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from pyro.distributions import OrderedLogistic
 from torch import Tensor
-from torch.distributions import Distribution, Multinomial
+from torch.distributions import Bernoulli, Distribution, Multinomial
 from torch.distributions.utils import broadcast_all
+from torch.nn.functional import logsigmoid
 
 __all__ = ["traceable_distributions"]
 
@@ -27,6 +30,7 @@ def traceable_distributions() -> Iterator[None]:
     with (
         _replaced(Distribution, "_validate_sample", lambda self, value: None),
         _replaced(Distribution, "__init__", _unchecked(Distribution.__init__)),
+        _replaced(Bernoulli, "log_prob", _bernoulli_log_prob),
         _replaced(Multinomial, "log_prob", _multinomial_log_prob),
         _replaced(OrderedLogistic, "__init__", _ordered_logistic),
     ):
@@ -40,6 +44,11 @@ def _unchecked(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args[:2], **kwargs | {"validate_args": False})
 
     return unchecked
+
+
+def _bernoulli_log_prob(self: Bernoulli, value: Tensor) -> Tensor:
+    logits, value = broadcast_all(self.logits, value)
+    return logsigmoid(logits) - (1 - value) * logits
 
 
 def _multinomial_log_prob(self: Multinomial, value: Tensor) -> Tensor:

@@ -188,7 +188,8 @@ class IMQ(_Radial):
 
     def _profile(self, distances: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
         base = 1 + distances / squared
-        gram = base**-self.exponent
+        # Half a power is an instruction of its own.
+        gram = base.rsqrt() if self.exponent == 0.5 else base**-self.exponent
         return gram, (2 * self.exponent) * gram / (base * squared)
 
     def _decay(self, distances: Tensor, squared: Tensor) -> Tensor:

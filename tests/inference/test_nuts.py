@@ -267,7 +267,7 @@ def test_without_a_draw_there_is_nothing_to_return(chain_method):
 
 def test_chains_of_unequal_length_keep_the_most_draws():
     def chain(length):
-        return ChainDraws(np.zeros((length, 1)), np.zeros((length, len(STATISTICS))))
+        return ChainDraws(np.zeros((length, 1)), np.zeros((length, len(STATISTICS))), 0)
 
     def kept(*lengths):
         chains = equally_long([chain(length) for length in lengths])

@@ -136,3 +136,26 @@ def test_formulas_that_write_in_place_are_recorded(program, data, generator):
     step = 1e-6 * torch.randn(3, density.dim, generator=generator)
     moved = density.value_and_score(rows + step)[0] - density.value_and_score(rows - step)[0]
     torch.testing.assert_close((score * step).sum(1), moved / 2, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_bernoulli_sites_have_torchs_density_and_slope(value, generator):
+    """In one fifth of the passes; also where a sigmoid has long been one."""
+    logits = torch.cat([torch.randn(7, generator=generator), torch.tensor([-800.0, 0.0, 800.0])])
+
+    def model(data):
+        shift = pyro.sample("shift", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("row", 10):
+            pyro.sample("y", dist.Bernoulli(logits=logits + shift), obs=data)
+
+    data = torch.full((10,), value)
+    shift = torch.tensor([[0.3], [-1.2]])
+    found, score = LogDensity(model, data).value_and_score(shift)
+
+    def expected(row):
+        prior = torch.distributions.Normal(0.0, 1.0).log_prob(row).sum()
+        return prior + torch.distributions.Bernoulli(logits=logits + row).log_prob(data).sum()
+
+    torch.testing.assert_close(found, torch.stack([expected(row) for row in shift]))
+    slopes = [torch.autograd.functional.jacobian(expected, row) for row in shift]
+    torch.testing.assert_close(score, torch.stack(slopes))

@@ -97,7 +97,7 @@ def test_a_program_is_needed_to_predict(fitted, data, tmp_path, suffix):
             call(*data)
     torch.testing.assert_close(whole.predict(data[0], sites=["mean"]), fitted.predict())
     torch.testing.assert_close(whole.log_likelihood(*data), fitted.log_likelihood())
-    with pytest.raises(ValueError, match="knows no training arguments, so give some"):
+    with pytest.raises(ValueError, match="knows no training arguments: give some"):
         whole.log_likelihood()
     assert_same(whole.thin(10), fitted.thin(10))
 
