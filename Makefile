@@ -7,7 +7,7 @@ CHECK_SHAPES := --jaxtyping-packages=bayesattn,beartype.beartype
 # pytest exits with 5 where no test bears the mark.
 NONE_IS_FINE := || [ $$? -eq 5 ]
 
-.PHONY: help demo test test-slow test-all lint types format clean
+.PHONY: help demo test test-slow test-all bench lint types format clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -25,6 +25,10 @@ test-slow: .venv/.tests ## Run the slow tests
 	$(PYTEST) -m "compile and slow" $(NONE_IS_FINE)
 
 test-all: test test-slow ## Run all tests
+
+bench: .venv/.tests ## Measure speed and memory; beside JAX packages if `pip install -e '.[bench]'`
+	$(BIN)/python -m tests.benchmarks.svgd_speed
+	$(BIN)/python -m tests.benchmarks.svgd_memory
 
 lint: .venv/.dev ## Check style and formatting
 	$(BIN)/ruff check .

@@ -1,0 +1,47 @@
+"""The benchmarks run, and their contestants do the same work."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.benchmarks.problems import PROBLEMS
+from tests.test_layout import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def float32(float64):
+    """What the benchmarks run in; the guard over global state still puts the suite's back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_arithmetic_by_hand_takes_our_steps(name):
+    """Mutant: another density, kernel, median or optimizer in either."""
+    from tests.benchmarks.torch_contestants import ByHand, ours_step
+
+    problem = PROBLEMS[name]
+    ours, by_hand = ours_step(problem, 7, "record"), torch.no_grad()(ByHand(problem, 7))
+    for _ in range(5):
+        torch.testing.assert_close(ours(), by_hand(), rtol=0.0, atol=1e-5)
+
+
+def test_quick_run_prints_ratios():
+    command = [sys.executable, "-m", "tests.benchmarks.svgd_speed", "--quick", "--problem", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("bayesattn, inductor", "bayesattn, record", "Pyro (univariate)"):
+        assert name in done.stdout
+
+
+def test_memory_stays_within_its_bound():
+    """Mutant: a (M, M, D) tensor in the kernel."""
+    from tests.benchmarks.svgd_memory import bound, whole_step
+
+    assert whole_step(300, 1500, "record") <= bound(300, 1500)
