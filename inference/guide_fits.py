@@ -136,6 +136,10 @@ class GuideFit(abc.ABC):
         """Copies of all parameters."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
+    def is_settled(self) -> bool:
+        """A fit does all its steps."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Parameters and the optimizer's state."""
         return {"parameters": self.snapshot(), "optimizer": self.optimizer.state_dict()}

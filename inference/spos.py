@@ -235,6 +235,10 @@ class SPOSRun:
         """Where the networks are, and how many states were kept before."""
         return self._networks().clone(), len(self.kept)
 
+    def is_settled(self) -> bool:
+        """A sampler does all its steps."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """State of both phases, what was kept, and the noise's generator."""
         state = self.state

@@ -237,6 +237,8 @@ class Stepper:
             if is_moved:
                 outside.grad = -figures[6]
             state.optimizer.step(progress)
+            # Not kept alive through the next step.
+            state.working.grad = outside.grad = None
         else:
             state.optimizer.accept(figures[5:])
         log_density, stein_norm, bandwidth, total, columns = figures[:5]

@@ -78,6 +78,10 @@ class Steps(Protocol):
         """Say which sites some entries of the scores belong to."""
         ...
 
+    def is_settled(self) -> bool:
+        """Whether more steps are not needed; asked at each look."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: mappings, sequences, tensors, plain values."""
         ...
@@ -151,8 +155,8 @@ class StepLoop:
             random = random_state({"loop": self.generator}, steps.device)
             record.look_at_the_end()
             self._save(record, random)
-        attrs: dict[str, Any] = {}
-        if record.done < self.num_steps:
+        attrs: dict[str, Any] = {"is_settled": 1} if record.is_settled else {}
+        if record.done < self.num_steps and not record.is_settled:
             attrs["interrupted"] = 1
             kept = "" if self.checkpoint is None else f", and is kept in {self.checkpoint.path}"
             warnings.warn(
@@ -166,7 +170,7 @@ class StepLoop:
     def _steps(self, record: "_Record", bar: Progress, stop: threading.Event) -> None:
         steps = record.steps
         for step in range(record.done, self.num_steps):
-            if stop.is_set():
+            if stop.is_set() or record.is_settled:
                 break
             is_look = (step + 1) % self.check_every == 0 or step + 1 == self.num_steps
             before = steps.snapshot() if is_look or step == 0 else None
@@ -175,6 +179,8 @@ class StepLoop:
             bar.advance((lambda info=info: steps.figures(info)) if is_look else None)
             if is_look or step == 0:
                 record.keep_if_good(step, before)
+            if is_look:
+                record.is_settled = steps.is_settled()
             if self.checkpoint is not None and self.checkpoint.is_due(step + 1):
                 record.refuse_if_bad()
                 self._save(record, random_state({"loop": self.generator}, steps.device))
@@ -201,7 +207,7 @@ class _Record:
         self.loop, self.steps = loop, steps
         self.watch = NonFiniteWatch(steps.dim, steps.device)
         self.curves: dict[str, list[Tensor]] = {}
-        self.done, self.good_step = 0, 0
+        self.done, self.good_step, self.is_settled = 0, 0, False
         self.good = steps.snapshot()
         self.start = time.perf_counter()
 
@@ -233,11 +239,13 @@ class _Record:
         """Steps done, seconds that they took, and their curves."""
         curves = {name: torch.stack(rows, -1) for name, rows in self.curves.items()}
         seconds = time.perf_counter() - self.start
-        return {"done": self.done, "seconds": seconds, "curves": curves}
+        about = {"done": self.done, "is_settled": self.is_settled, "seconds": seconds}
+        return about | {"curves": curves}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where a state was taken; the routine's own state is there already."""
         device = self.steps.device
+        self.is_settled = state["is_settled"]
         self.done, self.start = state["done"], time.perf_counter() - state["seconds"]
         curves = state["curves"].items()
         self.curves = {name: list(rows.to(device).unbind(-1)) for name, rows in curves}

@@ -45,6 +45,7 @@ from bayesattn.inference.routine import (
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
+from bayesattn.inference.stein_statistics import stein_discrepancy
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.kernels import IMQ, Kernel, SiteKernel
 
@@ -153,6 +154,7 @@ class SVGD(Routine):
         progress: bool = True,
         init: Init = None,
         checkpoint: Checkpoint | str | Path | None = None,
+        stop_below_ksd: Number | None = None,
         check_every: int = 50,
         **kwargs: Any,
     ) -> Posterior:
@@ -169,6 +171,8 @@ class SVGD(Routine):
                 would start at one place are moved a little apart.
             checkpoint: File to save the run to, and to go on from where it is there already; see
                 :class:`bayesattn.inference.Checkpoint`.
+            stop_below_ksd: Stop at a look at which the kernel Stein discrepancy of every run is
+                below this, as :func:`bayesattn.inference.ksd` measures it.
             check_every: Steps between looks at the device: progress, non-finite values, a snapshot.
             **kwargs: The program's keyword arguments.
 
@@ -188,7 +192,9 @@ class SVGD(Routine):
         view = self.view(density, num_runs)
         loop.save_to(saved, density, num_runs=num_runs, **self.identity())
         with loop.random_state(density.device):
-            return loop.run(self.begin(density, view, init, loop, num_runs))
+            run = self.begin(density, view, init, loop, num_runs)
+            run.stop_below_ksd = self._checked_stop(stop_below_ksd, density)
+            return loop.run(run)
 
     def begin(
         self, density: LogDensity, view: ParticleView, init: Init, loop: StepLoop, num_runs: int
@@ -208,6 +214,17 @@ class SVGD(Routine):
         apart = set_apart(particles.flatten(0, 1), loop.generator).reshape(particles.shape)
         state = self.init(apart, outside, frame or identity(particles[:, 0]))
         return SVGDRun(self, density, view, state, metric, loop)
+
+    def _checked_stop(self, bound: Number | None, density: LogDensity) -> Number | None:
+        if bound is None:
+            return None
+        check_positive("stop_below_ksd", bound)
+        if self.particle_plate is not None or density.program.subsamples:
+            raise ValueError(
+                "stop_below_ksd needs particles that are whole networks and the full data, since "
+                "the discrepancy is measured by their scores"
+            )
+        return bound
 
     def identity(self) -> dict[str, Any]:
         """Settings that a run cannot be gone on with if they are others."""
@@ -327,6 +344,7 @@ class SVGDRun:
         self.metric: Metric = metric
         self.dim, self.device = density.dim, density.device
         self.num_steps = loop.num_steps
+        self.stop_below_ksd: Number | None = None
         self.stepper = svgd.stepper(density, view)
 
     def advance(self, step: int) -> SVGDInfo:
@@ -346,6 +364,18 @@ class SVGDRun:
     def snapshot(self) -> SVGDState:
         """A copy of the state."""
         return self.state.copied()
+
+    def is_settled(self) -> bool:
+        """Whether the discrepancy of every run is below the bound."""
+        if self.stop_below_ksd is None:
+            return False
+        particles = self.state.particles
+        _, scores = self.density.value_and_score(particles.flatten(0, 1), is_in_loop=False)
+        scale = particles.std(-2, keepdim=True)
+        kernel = IMQ((2 * self.dim) ** 0.5)
+        scores = scores.reshape(particles.shape) * scale
+        discrepancy = stein_discrepancy(particles / scale, scores, kernel)
+        return bool((discrepancy < self.stop_below_ksd).all())
 
     def state_dict(self) -> dict[str, Any]:
         """Particles, coordinates and the optimizer's state."""

@@ -23,6 +23,7 @@ class Walk:
 
     dim = 1
     device = torch.device("cpu")
+    enough = math.inf
 
     def __init__(self, start=0.0, bad_from=math.inf, interrupt_at=None):
         self.height, self.bad_from, self.interrupt_at = start, bad_from, interrupt_at
@@ -40,6 +41,9 @@ class Walk:
 
     def snapshot(self):
         return self.height
+
+    def is_settled(self):
+        return self.height >= self.enough
 
     def state_dict(self):
         return {"height": self.height}
@@ -147,3 +151,15 @@ def test_streams_of_one_seed_are_not_the_same_numbers():
 def test_numbers_of_steps_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, got {value}"):
         loop(**{name: value})
+
+
+def test_a_run_that_has_settled_does_no_more_steps(recwarn):
+    """It is asked at looks only, every five steps."""
+    walk = Walk()
+    walk.enough = 7
+    posterior = loop().run(walk)
+    assert posterior.attrs["num_steps"] == 10
+    assert posterior.attrs["is_settled"] == 1
+    assert posterior.optimization["height"].shape == (1, 10)
+    assert "interrupted" not in posterior.attrs
+    assert not recwarn.list

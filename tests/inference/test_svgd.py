@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayesattn.inference import stein
+from bayesattn.inference import ksd, stein
 from bayesattn.inference.coordinates import Affine, identity
 from bayesattn.inference.optimizers import ScheduledOptimizer
 from bayesattn.inference.particle_views import WholeParticles
@@ -384,3 +384,21 @@ def test_one_step_by_hand_is_one_step_of_a_run(generator):
     posterior = run(svgd, num_steps=1, init={"x": start})
     torch.testing.assert_close(state.particles, posterior.unconstrained)
     torch.testing.assert_close(info.stein_norm[:, None], posterior.optimization["stein_norm"])
+
+
+def test_it_stops_once_the_discrepancy_is_small():
+    """The figure is that of ksd(), and larger at the look before."""
+    svgd = SVGD(standard, num_particles=30)
+    posterior = run(svgd, num_steps=2000, stop_below_ksd=0.04, check_every=10)
+    assert posterior.attrs["is_settled"] == 1
+    done = posterior.attrs["num_steps"]
+    assert 10 < done < 2000
+    assert ksd(posterior).ksd < 0.04
+    before = run(svgd, num_steps=2000, stop_below_ksd=1e-9, check_every=10)
+    assert before.attrs["num_steps"] == 2000
+    assert "is_settled" not in before.attrs
+
+
+def test_a_stopping_rule_needs_scores_of_whole_networks():
+    with pytest.raises(ValueError, match="stop_below_ksd must be a positive number, got 0"):
+        run(SVGD(standard), num_steps=3, stop_below_ksd=0)
