@@ -43,7 +43,8 @@ def pairwise_repulsion(
         particles: Best given about their mean, which drops out of the differences.
     """
     with full_precision(particles):
-        return slope.sum(-1, keepdim=True) * particles - slope @ particles
+        # In place, since these are the largest tensors that there are.
+        return (slope.sum(-1, keepdim=True) * particles).sub_(slope @ particles)
 
 
 class _Radial(Summable):

@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoNormal
 from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.running import NonFiniteError
+from bayesattn.inference.spos import SPOS
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
 from tests.global_state import changes, snapshot
@@ -76,6 +77,18 @@ ROUTINES = {
     "SVGD": Row(functools.partial(SVGD, num_particles=11), {"num_steps": 7}, "particles", 11),
     "SVGD of heads": Row(
         functools.partial(SVGD, particle_plate="head"), {"num_steps": 7}, "heads", NUM_HEADS
+    ),
+    "SPOS of one particle": Row(
+        functools.partial(SPOS, num_particles=1, step_size=1e-3),
+        {"warmup_steps": 7, "num_samples": 5, "thinning": 2},
+        "markov",
+        5,
+    ),
+    "SPOS of heads": Row(
+        functools.partial(SPOS, particle_plate="head", step_size=1e-3),
+        {"warmup_steps": 7, "num_samples": 5, "thinning": 2},
+        "markov",
+        5,
     ),
     "SVI": Row(SVI, {"num_steps": 7, "num_samples": 11}, "iid_guide", 11),
     "SVI of points": Row(
