@@ -3,8 +3,8 @@
 Run as ``python -m tests.benchmarks.svgd_profile [--problem a|b] [--particles M] [--operators]``.
 The pieces are the score (the recorded graph of the program), the kernel with its direction, the
 median within it, and the optimizer. What a step takes beyond its graph is Python. Compiled
-together, pieces may take less than alone. Processor time is counted. ``--operators`` adds the operators of the recorded step
-as ``torch.profiler`` sees them.
+together, pieces may take less than alone. Processor time is counted. ``--operators`` adds the
+operators of the recorded step as ``torch.profiler`` sees them.
 """
 
 import argparse
