@@ -10,42 +10,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["lower_median"]
+__all__ = ["smallest_but"]
 
 # Below this, a call of the operator takes longer than the selection.
 _FEWEST = 2048
 
 
-def lower_median(values: Float[Tensor, "*rows entry"]) -> Float[Tensor, "*rows"]:
-    """Median of each row, the lower one of two middle entries; detached.
+def smallest_but(values: Float[Tensor, "*rows entry"], rank: int) -> Float[Tensor, "*rows"]:
+    """The entry of each row that has so many smaller ones before it in order; detached.
 
     Args:
-        values: At least one entry a row, none of them NaN.
-
-    Raises:
-        ValueError: If rows are empty.
+        values: None of them NaN.
+        rank: From zero, the smallest entry, to the number of entries less one.
     """
-    if values.shape[-1] == 0:
-        raise ValueError(f"a median needs at least one entry, got shape {tuple(values.shape)}")
     values = values.detach()
     if values.device.type == "cpu" and values.shape[-1] >= _FEWEST:
-        return _select_median(values)
-    return values.median(dim=-1).values
+        return _select(values, rank)
+    return values.kthvalue(rank + 1, dim=-1).values
 
 
-@torch.library.custom_op("bayesattn::lower_median", mutates_args=(), device_types="cpu")
-def _select_median(values: Tensor) -> Tensor:
-    middle = (values.shape[-1] - 1) // 2
+@torch.library.custom_op("bayesattn::select", mutates_args=(), device_types="cpu")
+def _select(values: Tensor, rank: int) -> Tensor:
     # Copied, since a view would keep all entries alive.
-    return torch.from_numpy(np.array(np.partition(values.numpy(), middle)[..., middle]))
+    return torch.from_numpy(np.array(np.partition(values.numpy(), rank)[..., rank]))
 
 
-@_select_median.register_fake
-def _(values: Tensor) -> Tensor:
+@_select.register_fake
+def _(values: Tensor, _rank: int) -> Tensor:
     return values.new_empty(values.shape[:-1])
 
 
-@_select_median.register_vmap
-def _(_info: object, in_dims: tuple[int | None], values: Tensor) -> tuple[Tensor, int]:
+@_select.register_vmap
+def _(
+    _info: object, in_dims: tuple[int | None, None], values: Tensor, rank: int
+) -> tuple[Tensor, int]:
     assert in_dims[0] is not None
-    return _select_median(values.movedim(in_dims[0], 0)), 0
+    return _select(values.movedim(in_dims[0], 0), rank), 0

@@ -73,7 +73,8 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
 
     validates = Distribution._validate_args
     on_gpu = any(tensor.device.type == "cuda" for tensor in inputs)
-    options: dict[str, Any] = {"fallback_random": True}
+    # Sizes and strides are those of the recording: no need to look at each call.
+    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
     if on_gpu:
         options["triton.cudagraphs"] = True
     try:

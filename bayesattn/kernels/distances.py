@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.order_statistics import lower_median
+from bayesattn.order_statistics import smallest_but
 
 __all__ = [
     "about_mean",
@@ -121,8 +121,9 @@ def floored_median(
     count, info = centered.shape[-2], torch.finfo(centered.dtype)
     if count == 1:
         return torch.ones_like(distances[..., 0, 0])
-    rows, columns = torch.triu_indices(count, count, offset=1, device=distances.device)
-    median = lower_median(distances.flatten(-2).index_select(-1, rows * count + columns))
+    # In order come the zeros of the diagonal, then each pair twice.
+    middle = (count * (count - 1) // 2 - 1) // 2
+    median = smallest_but(distances.flatten(-2), count + 2 * middle)
     resolution = 64 * info.eps * centered.square().sum(-1).mean(-1)
     return torch.maximum(median, resolution + info.tiny / info.eps)
 
