@@ -6,15 +6,18 @@ another model, another length or other settings is refused, and one of another m
 is gone on with, but bits may differ there.
 """
 
+import functools
+import hashlib
 import json
 import platform
 import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -176,11 +179,12 @@ def resumed_seed(seed: Any, checkpoint: Checkpoint | None) -> Any:
 
 
 def run_identity(density: LogDensity, method: str, seed: int, **settings: Any) -> dict[str, Any]:
-    """What a run is: its program's sites, how it is evaluated, and further plain values."""
+    """What a run is: its program's sites and arguments, how it is evaluated, further settings."""
     return {
         "method": method,
         "seed": seed,
         "sites": [[s.name, list(s.shape), described(s.support)] for s in density.sites],
+        "arguments": described([list(density.args), density.kwargs]),
         "dtype": str(density.dtype),
         "device": density.device.type,
         "evaluation": [density.mode, density.settings.chunk_size],
@@ -188,16 +192,41 @@ def run_identity(density: LogDensity, method: str, seed: int, **settings: Any) -
     }
 
 
-def described(value: Any) -> Any:
-    """A plain value, or a text that is the same in every process."""
+def described(value: Any, depth: int = 4) -> Any:
+    """Plain values that are the same in every process, and other ones for another value.
+
+    Functions are told apart by their names, defaults and what they close over; objects that say
+    nothing of themselves, by their class.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Tensor | np.ndarray):
+        return _fingerprint(value)
+    within = functools.partial(described, depth=depth - 1)
+    if depth and isinstance(value, functools.partial):
+        return ["partial", within(value.func), within(value.args), within(value.keywords)]
+    if depth and isinstance(value, list | tuple):
+        return [within(part) for part in value]
+    if depth and isinstance(value, Mapping):
+        return [[within(key), within(part)] for key, part in value.items()]
+    if depth and isinstance(value, FunctionType):
+        cells = [within(cell.cell_contents) for cell in value.__closure__ or ()]
+        return [f"{value.__module__}.{value.__qualname__}", within(value.__defaults__), cells]
+    if depth and is_dataclass(value) and not isinstance(value, type):
+        parts = [within(getattr(value, field.name)) for field in fields(value) if field.compare]
+        return [type(value).__name__, *parts]
     text = repr(value)
     if " at 0x" in text:
-        return (
-            f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        )
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"{type(value).__module__}.{name}"
     return text
+
+
+def _fingerprint(array: Tensor | np.ndarray) -> str:
+    kind, shape = array.dtype, tuple(array.shape)
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{kind} {shape} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
 
 
 def random_state(generators: Mapping[str, torch.Generator], device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,8 @@ one particle of a unit normal the variance is :math:`\tau / (1 + \tau)`.
 
 Where particles are slices of one network, the same step with exact noise leaves the network's joint
 posterior invariant: :math:`K / M + \tau I` is then a preconditioner between its slices, whose
-divergence is the kernel's repulsion.
+divergence is the kernel's repulsion over M, and for kernels that are not radial, such as the linear
+one, also the slope of :math:`k(x_i, y)` at :math:`y = x_i` over M, which exact noise adds.
 
 Source:
     Zhang, Zhang, Carin and Chen (2020), Stochastic particle-optimization sampling,
@@ -49,12 +50,14 @@ class SPOSState(NamedTuple):
         outside: Unconstrained values of what stands beside the particles; often empty.
         metric: From working to unconstrained coordinates, frozen.
         kernel: Between particles in working coordinates, frozen.
+        outside_scale: Unit of each value outside of the particles, frozen.
     """
 
     working: Float[Tensor, "run particle dim"]
     outside: Float[Tensor, "run outside"]
     metric: Affine
     kernel: Kernel
+    outside_scale: Float[Tensor, "run outside"]
 
     def networks(self, view: ParticleView) -> Float[Tensor, "evaluation all"]:
         """Unconstrained vectors to evaluate."""
@@ -97,14 +100,17 @@ def diffused(
         view=view,
         kernel=state.kernel,
     )
+    drift = figures.direction + langevin * figures.drive
     if noise == "exact":
         fluctuation = figures.terms.fluctuate(normal, float(langevin))
+        if figures.terms.own_slope is not None:
+            drift = drift + figures.terms.own_slope / drift.shape[-2]
     else:
         fluctuation = langevin**0.5 * normal
-    drift = figures.direction + langevin * figures.drive
     working = state.working + step_size * drift + (2 * step_size) ** 0.5 * fluctuation
-    outside = state.outside + step_size * figures.outside
-    outside = outside + (2 * step_size) ** 0.5 * normal_outside
+    scale = state.outside_scale
+    outside = state.outside + step_size * scale.square() * figures.outside
+    outside = outside + (2 * step_size) ** 0.5 * scale * normal_outside
     shown = (figures.log_density, figures.stein_norm, figures.bandwidth)
     return working, outside, figures.values, *shown, figures.total, figures.columns
 
@@ -153,7 +159,8 @@ class LangevinStepper:
         """
         normals = [_normal(part, generator) for part in (state.working, state.outside)]
         constants = tensors_of(state.kernel)
-        tensors = (state.working, state.outside, *state.metric, *normals, *constants)
+        frozen = (*state.metric, state.outside_scale)
+        tensors = (state.working, state.outside, *frozen, *normals, *constants)
         key = (state.metric.is_diagonal, len(constants))
         if key not in self._graphs:
             self._graphs[key] = self._graph(state.kernel, tensors, subsample)
@@ -173,9 +180,9 @@ class LangevinStepper:
         def function(
             value_and_score: Callable[[Tensor], tuple[Tensor, Tensor]], *tensors: Tensor
         ) -> tuple[Tensor, ...]:
-            working, outside, location, scale, normal, beside, *constants = tensors
+            working, outside, location, scale, unit, normal, beside, *constants = tensors
             kernel = with_tensors(frozen, constants)
-            state = SPOSState(working, outside, Affine(location, scale), kernel)
+            state = SPOSState(working, outside, Affine(location, scale), kernel, unit)
             return diffused(value_and_score, state, normal, beside, view=view, **settings)
 
         key = ("langevin", view.key, Same(self._kernel), *settings.values())

@@ -74,6 +74,7 @@ class LogDensity:
         program: The program's sites, as one run showed them.
         settings: As given.
         mode: How it is evaluated: ``"none"``, ``"record"`` or ``"inductor"``.
+        noise_generator: Seeds what a stochastic program draws.
 
     Raises:
         ValueError: If the program fails on its arguments, has nothing to infer, or does what a log
@@ -105,7 +106,7 @@ class LogDensity:
         )
         graphs = self.settings.graphs if recorded else None
         self._evaluate = Evaluator(program, self.program, reach, graphs, stochastic, self.mode)
-        self._generator = torch.Generator().manual_seed(0)
+        self.noise_generator = torch.Generator().manual_seed(0)
 
     @property
     def dim(self) -> int:
@@ -304,7 +305,7 @@ class LogDensity:
     def _fresh_seed(self) -> int:
         if not self.settings.stochastic:
             return 0
-        return int(torch.randint(2**31, (), generator=self._generator))
+        return int(torch.randint(2**31, (), generator=self.noise_generator))
 
     def _checked(self, subsample: Subsample | None) -> dict[str, Tensor]:
         given = {} if subsample is None else subsample

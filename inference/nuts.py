@@ -207,6 +207,8 @@ class NUTS(Routine):
         """One chain's checkpoint."""
         if place is None:
             return None
+        if density.settings.stochastic:
+            raise ValueError("the checkpoint of a chain does not hold the noise of stochastic=True")
         names = ("step_size", "target_accept_prob", "max_tree_depth", "full_mass", "coordinates")
         settings = {name: getattr(self, name) for name in names}
         length = {"warmup_steps": warmup_steps, "num_samples": num_samples}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
@@ -55,7 +55,8 @@ class SPOS(Routine):
         noise: ``"exact"``, or ``"paper"``: as published, too narrow where particles are few.
         langevin: Weight τ of each particle's own Langevin dynamics beside the Stein direction.
         step_size: η, in working coordinates, where the posterior is near unit scale: its variance
-            comes out larger by about η (τ + 1) / 2 of itself.
+            comes out larger by about η (τ + 1) / 2 of itself. Values outside of the particles move
+            in units of their own curvature at the end of the transient.
         outside: With ``particle_plate``, what sites outside of it do after the transient:
             ``"sample"`` (by Langevin dynamics) or ``"fixed"``.
         kernel: In working coordinates; IMQ with the median rule by default.
@@ -186,7 +187,33 @@ class SPOS(Routine):
         """State of the sampler where SVGD stands, with its metric and bandwidth as they are."""
         state = start.state.copied()
         kernel = start.stepper.kernel.frozen(state.working)
-        return SPOSState(state.working, state.outside, state.metric, kernel)
+        return SPOSState(
+            state.working, state.outside, state.metric, kernel, self._outside_scale(start)
+        )
+
+    def _outside_scale(self, start: SVGDRun) -> Float[Tensor, "run outside"]:
+        """One over the root of the curvature along each value outside of the particles."""
+        state, view = start.state, start.view
+        outside = state.outside.detach()
+        if self.outside == "fixed" or outside.numel() == 0:
+            return torch.ones_like(outside)
+        subsample = start.density.draw_subsample(torch.Generator().manual_seed(0))
+        reach = torch.finfo(outside.dtype).eps ** 0.25
+        columns = []
+        for index in range(outside.shape[1]):
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = outside.clone()
+                moved[:, index] += sign * reach
+                rows = view.assemble(state.particles, moved)
+                _, scores = start.density.value_and_score(rows, subsample, is_in_loop=False)
+                ends.append(view.split(scores)[1][:, index])
+            columns.append((ends[1] - ends[0]) / (2 * reach))
+        curvature = torch.stack(columns, -1).abs()
+        largest = curvature.amax(-1, keepdim=True)
+        # Flat directions get no step that the others could not take.
+        floor = torch.where(largest > 0, 1e-3 * largest, torch.ones_like(largest))
+        return torch.maximum(curvature, floor).rsqrt()
 
 
 class SPOSRun:
@@ -244,7 +271,9 @@ class SPOSRun:
         state = self.state
         return {
             "start": self.start.state_dict(),
-            "particles": None if state is None else [state.working, state.outside, *state.metric],
+            "particles": None
+            if state is None
+            else [*state[:2], state.outside_scale, *state.metric],
             "kernel": None if state is None else tensors_of(state.kernel),
             "kept": [torch.stack(parts) for parts in zip(*self.kept, strict=True)],
             "noise": self.generator.get_state(),
@@ -254,10 +283,11 @@ class SPOSRun:
         """Go to where a state was taken."""
         self.start.load_state_dict(state["start"])
         if state["particles"] is not None:
-            working, outside, *metric = (part.to(self.device) for part in state["particles"])
+            working, outside, unit, *metric = (p.to(self.device) for p in state["particles"])
             constants = [part.to(self.device) for part in state["kernel"]]
-            kernel = with_tensors(self.spos.freeze(self.start).kernel, constants)
-            self.state = SPOSState(working, outside, Affine(*metric), kernel)
+            like = self.start.stepper.kernel.frozen(self.start.state.working.detach())
+            kernel = with_tensors(like, constants)
+            self.state = SPOSState(working, outside, Affine(*metric), kernel, unit)
         kept = [part.to(self.device).unbind() for part in state["kept"]]
         self.kept = list(zip(*kept, strict=True))
         self.generator.set_state(state["noise"])

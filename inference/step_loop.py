@@ -119,6 +119,7 @@ class StepLoop:
         self.checkpoint: CheckpointFile | None = None
         self.seed = resolve_seed(seed)
         self.generator = torch.Generator().manual_seed(self.seed)
+        self._generators = {"loop": self.generator}
         # Another seed, lest the two streams be the same numbers.
         self._global_seed = int(torch.randint(2**31, (), generator=self.generator))
 
@@ -133,6 +134,7 @@ class StepLoop:
         Raises:
             OSError: If nothing can be written there.
         """
+        self._generators["density"] = density.noise_generator
         if checkpoint is not None:
             about = {"seed": self.seed, "num_steps": self.num_steps} | settings
             self.checkpoint = CheckpointFile(checkpoint, run_identity(density, self.label, **about))
@@ -152,7 +154,7 @@ class StepLoop:
         with Progress(self.num_steps, self.label, self.show, record.done) as bar:
             with interruptible() as stop:
                 self._steps(record, bar, stop)
-            random = random_state({"loop": self.generator}, steps.device)
+            random = random_state(self._generators, steps.device)
             record.look_at_the_end()
             self._save(record, random)
         attrs: dict[str, Any] = {"is_settled": 1} if record.is_settled else {}
@@ -183,7 +185,7 @@ class StepLoop:
                 record.is_settled = steps.is_settled()
             if self.checkpoint is not None and self.checkpoint.is_due(step + 1):
                 record.refuse_if_bad()
-                self._save(record, random_state({"loop": self.generator}, steps.device))
+                self._save(record, random_state(self._generators, steps.device))
 
     def _save(self, record: "_Record", random: dict[str, Any]) -> None:
         if self.checkpoint is not None:
@@ -197,7 +199,7 @@ class StepLoop:
             return
         record.steps.load_state_dict(state["steps"])
         record.load_state_dict(state["record"])
-        load_random_state(state["random"], {"loop": self.generator}, record.steps.device)
+        load_random_state(state["random"], self._generators, record.steps.device)
 
 
 class _Record:

@@ -190,7 +190,8 @@ class SVGD(Routine):
         density = self.log_density_for(num_steps, args, kwargs)
         warn_of_held_parameters(density, "SVGD")
         view = self.view(density, num_runs)
-        loop.save_to(saved, density, num_runs=num_runs, **self.identity())
+        rule = {"stop_below_ksd": stop_below_ksd, "check_every": stop_below_ksd and check_every}
+        loop.save_to(saved, density, num_runs=num_runs, **rule, **self.identity())
         with loop.random_state(density.device):
             run = self.begin(density, view, init, loop, num_runs)
             run.stop_below_ksd = self._checked_stop(stop_below_ksd, density)

@@ -133,6 +133,15 @@ class BlockTerms(NamedTuple):
         known = [square for square in squares if square is not None]
         return torch.stack(known).mean(0) if known else None
 
+    @property
+    def own_slope(self) -> Float[Tensor, "*batch particle dim"] | None:
+        """Of each block, side by side; None where all are zero."""
+        slopes = [block.own_slope for block in self.blocks]
+        if all(slope is None for slope in slopes):
+            return None
+        parts = zip(self.blocks, slopes, strict=True)
+        return torch.cat([torch.zeros_like(b.repulsion) if s is None else s for b, s in parts], -1)
+
     def smooth(
         self, score: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch particle dim"]:

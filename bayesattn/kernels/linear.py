@@ -60,8 +60,10 @@ class Linear(Summable):
             gram = self.offset + scaled @ centered.mT
         # Rounding must not tell a pair from its mirror image.
         gram = (gram + gram.mT) / 2
-        repulsion = particles.shape[-2] * scaled
-        return KernelTerms(gram.to(particles.dtype), repulsion.to(particles.dtype), squared)
+        slope = scaled.to(particles.dtype)
+        return KernelTerms(
+            gram.to(particles.dtype), particles.shape[-2] * slope, squared, own_slope=slope
+        )
 
     def gram(
         self, x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]

@@ -86,6 +86,12 @@ class PreconditionedTerms(NamedTuple):
         """That was in force in inner coordinates."""
         return self.inner.squared_bandwidth
 
+    @property
+    def own_slope(self) -> Float[Tensor, "*batch particle dim"] | None:
+        """B times that in inner coordinates."""
+        slope = self.inner.own_slope
+        return None if slope is None else self._out(slope)
+
     def smooth(
         self, score: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch particle dim"]:

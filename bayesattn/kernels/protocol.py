@@ -40,6 +40,14 @@ class Terms(Protocol):
         """That was in force; None where there is no such figure."""
         ...
 
+    @property
+    def own_slope(self) -> Float[Tensor, "*batch particle dim"] | None:
+        """Divergence of K(x_i, y) by y at y = x_i; None where it is zero, as of radial kernels.
+
+        Repulsion and this make M times the divergence of the matrix K / M between particles.
+        """
+        ...
+
     def smooth(
         self, score: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch particle dim"]:
@@ -119,11 +127,13 @@ class KernelTerms(NamedTuple):
         gram: Kernel between every two particles, symmetric; one on the diagonal if radial.
         repulsion: Sum over j of the gradient of k(x_j, x_i) by x_j: away from the other particles.
         squared_bandwidth: That was in force; None where there is no such figure.
+        own_slope: Gradient of k(x_i, y) by y at y = x_i; None where it is zero.
     """
 
     gram: Float[Tensor, "*batch particle particle"]
     repulsion: Float[Tensor, "*batch particle dim"]
     squared_bandwidth: Float[Tensor, "*batch"] | None = None
+    own_slope: Float[Tensor, "*batch particle dim"] | None = None
 
     def smooth(
         self, score: Float[Tensor, "*batch particle dim"]

@@ -57,10 +57,16 @@ class Sum(Summable):
 
     def __call__(self, particles: Float[Tensor, "*batch particle dim"]) -> KernelTerms:
         """Gram matrix and repulsion of one cloud of particles."""
-        grams, repulsions, squares = zip(*[k(particles) for k in self.kernels], strict=True)
-        known = [square for square in squares if square is not None]
-        mean = torch.stack(known).mean(0) if known else None
-        return KernelTerms(self._sum(grams), self._sum(repulsions), mean)
+        terms = [kernel(particles) for kernel in self.kernels]
+        known = [term.squared_bandwidth for term in terms if term.squared_bandwidth is not None]
+        zero = torch.zeros_like(particles)
+        slopes = [zero if term.own_slope is None else term.own_slope for term in terms]
+        return KernelTerms(
+            self._sum([term.gram for term in terms]),
+            self._sum([term.repulsion for term in terms]),
+            torch.stack(known).mean(0) if known else None,
+            None if all(term.own_slope is None for term in terms) else self._sum(slopes),
+        )
 
     def gram(
         self, x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]

@@ -1,5 +1,7 @@
 """Checkpoints: a run that goes on is, bit for bit, the run that was never stopped."""
 
+import copy
+import functools
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayesattn.inference import NUTS, SPOS, SVGD, SVI, Checkpoint
-from bayesattn.inference.checkpoints import CheckpointFile
+from bayesattn.inference.checkpoints import CheckpointFile, described
 from bayesattn.kernels import IMQ, RBF
 
 
@@ -42,6 +44,14 @@ def heads(design, target):
         pyro.sample("target", dist.Normal((design @ weight).sum(-1) + level, 1.0), obs=target)
 
 
+def stochastic(design, target):
+    """Dropout of inputs, drawn anew at each step."""
+    design = torch.nn.functional.dropout(design, 0.3)
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("row", len(design)):
+        pyro.sample("target", dist.Normal(design @ weight, 1.0), obs=target)
+
+
 def data(seed=0):
     generator = torch.Generator().manual_seed(seed)
     design = torch.randn(23, 3, generator=generator)
@@ -53,6 +63,10 @@ SHORT = {"progress": False, "seed": 5}
 CASES = {
     "svgd": (SVGD(regression, num_particles=20), {"num_steps": 240, "num_runs": 2}),
     "svgd, minibatches": (SVGD(minibatches, num_particles=7), {"num_steps": 30}),
+    "svgd, stochastic": (
+        SVGD(stochastic, num_particles=7, stochastic=True),
+        {"num_steps": 30},
+    ),
     "svgd, laplace": (
         SVGD(regression, num_particles=7, coordinates="laplace"),
         {"num_steps": 70},
@@ -97,7 +111,9 @@ class StopAt:
 
 @pytest.mark.filterwarnings("ignore::bayesattn.inference.ConvergenceWarning")
 @pytest.mark.parametrize(("routine", "length"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("done", [1, 13, 29])
+@pytest.mark.parametrize(
+    "done", [pytest.param(1, marks=pytest.mark.slow), 13, pytest.param(29, marks=pytest.mark.slow)]
+)
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
     routine, length, done, tmp_path, monkeypatch
 ):
@@ -228,6 +244,46 @@ def test_checkpoints_of_other_runs_are_refused(routine, num_steps, name, tmp_pat
     SVGD(regression, num_particles=3).run(*data(), num_steps=5, **SHORT, checkpoint=path)
     with pytest.raises(ValueError, match=rf"checkpoint of another run: its {name} is"):
         routine.run(*data(), num_steps=num_steps, **SHORT, checkpoint=path)
+
+
+def test_checkpoints_of_other_data_are_refused(tmp_path):
+    routine, path = SVGD(regression, num_particles=3), tmp_path / "run"
+    design, target = data()
+    routine.run(design, target, num_steps=5, **SHORT, checkpoint=path)
+    with pytest.raises(ValueError, match="another run: its arguments is"):
+        routine.run(design, -target, num_steps=5, **SHORT, checkpoint=path)
+
+
+def test_another_stopping_rule_is_another_run(tmp_path):
+    routine, path = SVGD(regression, num_particles=5), tmp_path / "run"
+    length = {"num_steps": 300, "checkpoint": path, **SHORT}
+    first = routine.run(*data(), **length, stop_below_ksd=5.0)
+    assert first.attrs["is_settled"] == 1
+    again = routine.run(*data(), **length, stop_below_ksd=5.0)
+    assert_same(first, again)
+    with pytest.raises(ValueError, match="another run: its stop_below_ksd is"):
+        routine.run(*data(), **length)
+
+
+def adam(rate):
+    return lambda tensors: torch.optim.Adam(tensors, lr=rate)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (adam(0.1), adam(0.01)),
+        (functools.partial(adam, 0.1), functools.partial(adam, 0.01)),
+        (RBF(torch.tensor(1.0)), RBF(torch.tensor(1.00001))),
+        (RBF() + IMQ(), RBF() + RBF()),
+        (torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float32)),
+        ({"a": 1}, {"a": 2}),
+    ],
+)
+def test_settings_are_told_apart_by_what_is_in_them(one, other):
+    assert described(one) != described(other)
+    assert described(one) == described(copy.deepcopy(one))
+    assert " at 0x" not in str(described(one))
 
 
 def test_files_of_others_are_refused(tmp_path):

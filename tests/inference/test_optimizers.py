@@ -88,3 +88,26 @@ def test_cosine_ends_at_zero():
 def test_what_makes_no_optimizer_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         check_optimizer(make)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_the_rule_is_adams_own_step(eps, generator):
+    """Mutant: epsilon over the corrected root, which eps=1e-8 does not tell apart."""
+    make = functools.partial(torch.optim.Adam, lr=0.1, betas=(0.8, 0.95), eps=eps)
+    start = torch.randn(5, 3, generator=generator)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    optimizer, plain = ScheduledOptimizer(make, constant, [ours]), make([theirs])
+    for _ in range(20):
+        gradient = 1e-3 * torch.randn(5, 3, generator=generator)
+        moments = optimizer.moments()
+        coefficients = torch.tensor(optimizer.coefficients(optimizer.rule, 0.0))
+        optimizer.accept(optimizer.rule(ours.detach(), gradient, *moments, coefficients))
+        theirs.grad = gradient
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("changes", [{"amsgrad": True}, {"weight_decay": 0.1}, {"maximize": True}])
+def test_other_kinds_of_adam_have_no_rule(changes):
+    make = functools.partial(torch.optim.Adam, **changes)
+    assert ScheduledOptimizer(make, constant, [parameter(0.0, 1.0)]).rule is None

@@ -128,6 +128,7 @@ def test_untrained_particles_are_not_recovered(name):
     assert not is_recovered(posterior.unconstrained[0], exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_nuts_meets_the_same_answer(name):
     """Means within four Monte Carlo standard errors of quadrature."""

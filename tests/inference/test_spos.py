@@ -12,7 +12,7 @@ from bayesattn.inference import NUTS, SPOS, SVGD
 from bayesattn.inference.coordinates import Affine, identity
 from bayesattn.inference.langevin import SPOSState, diffused
 from bayesattn.inference.particle_views import WholeParticles
-from bayesattn.kernels import IMQ, RBF
+from bayesattn.kernels import IMQ, RBF, Blocks, Linear, Preconditioned
 
 QUIET = {"seed": 0, "progress": False}
 # Mean and standard deviation of the logarithm of a Gamma(3, 1) variable: psi(3), psi'(3)^(1/2).
@@ -63,7 +63,7 @@ def sampled(model, num_particles, langevin, noise, *, step_size=0.02, num_sample
 
 
 @pytest.mark.parametrize("num_particles", [1, 2, 8])
-@pytest.mark.parametrize("langevin", [1.0, 0.1])
+@pytest.mark.parametrize("langevin", [pytest.param(1.0, marks=pytest.mark.slow), 0.1])
 def test_exact_noise_has_the_posterior_as_each_chains_law(num_particles, langevin):
     """Mutants: noise without K, which is far too narrow for few particles; drift without tau."""
     found = sampled(skewed, num_particles, langevin, "exact")
@@ -83,7 +83,8 @@ def test_noise_has_its_covariance(noise, generator):
     """The linear map of the noise, found by pushing basis vectors through the step."""
     working = torch.randn(1, 5, 2, generator=generator)
     kernel, step_size, langevin = IMQ(1.3), 0.1, 0.3
-    state = SPOSState(working, torch.zeros(1, 0), identity(working[:, 0]), kernel)
+    nothing = torch.zeros(1, 0)
+    state = SPOSState(working, nothing, identity(working[:, 0]), kernel, nothing)
 
     def moved(normal):
         return diffused(
@@ -104,6 +105,49 @@ def test_noise_has_its_covariance(noise, generator):
     if noise == "exact":
         expected = expected + kernel.gram(working[0], working[0]) / 5
     torch.testing.assert_close(matrix @ matrix.mT, 2 * step_size * expected)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        RBF(1.3),
+        IMQ(1.3),
+        Linear(1.3, 0.7, torch.tensor([0.2, -0.4])),
+        RBF(1.3) + Linear(1.3, 0.7, torch.tensor([0.2, -0.4])),
+        Blocks([IMQ(0.8), Linear(0.9, 1.0, torch.tensor([0.3]))], [1, 1]),
+        Preconditioned(
+            Linear(1.3, 0.7, torch.tensor([0.2, -0.4])), torch.tensor([[2.0, 0.0], [0.5, 0.3]])
+        ),
+    ],
+    ids=lambda kernel: type(kernel).__name__,
+)
+def test_exact_noise_has_the_divergence_of_its_covariance_as_drift(kernel, generator):
+    """Where the score is zero, what is left of the drift; the covariance by autograd.
+
+    Mutant: without the kernel's slope at a particle itself, which radial kernels do not have.
+    """
+    working = torch.randn(3, 2, generator=generator, dtype=torch.float32).double()
+
+    def covariance(flat):
+        terms = kernel(flat.reshape(3, 2))
+        columns = [terms.smooth(unit.reshape(3, 2)).flatten() for unit in torch.eye(6)]
+        return torch.stack(columns, -1) / 3
+
+    jacobian = torch.autograd.functional.jacobian(covariance, working.flatten())
+    divergence = torch.einsum("ijj->i", jacobian).reshape(1, 3, 2)
+    nothing = torch.zeros(1, 0)
+    state = SPOSState(working[None], nothing, identity(working[:1]), kernel, nothing)
+    moved = diffused(
+        lambda rows: (rows.sum(-1), torch.zeros_like(rows)),
+        state,
+        torch.zeros(1, 3, 2),
+        nothing,
+        view=WholeParticles(1),
+        noise="exact",
+        langevin=0.2,
+        step_size=0.1,
+    )[0]
+    torch.testing.assert_close((moved - working) / 0.1, divergence)
 
 
 def test_without_noise_it_is_svgd_by_plain_steps(generator):
@@ -138,6 +182,22 @@ def test_heads_sample_the_joint_posterior_of_their_network():
         atol=0.17,
         rtol=0,
     )
+
+
+def test_what_is_outside_moves_in_units_of_its_curvature(generator):
+    """Mutant: the step of the particles, at which a value this narrow does not stay finite."""
+
+    def narrow(data):
+        with pyro.plate("head", 3):
+            tilt = pyro.sample("tilt", dist.Normal(0.0, 1.0))
+        level = pyro.sample("level", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("row", len(data)):
+            pyro.sample("y", dist.Normal(level + 0.01 * tilt.mean(), 1.0), obs=data)
+
+    data = 0.7 + torch.randn(400, generator=generator)
+    spos = SPOS(narrow, particle_plate="head", step_size=0.05)
+    posterior = spos.run(data, warmup_steps=200, num_samples=200, num_runs=8, **QUIET)
+    assert posterior.draws["level"].std().item() == pytest.approx(0.05, rel=0.15)
 
 
 def test_what_is_outside_can_stay_fixed():

@@ -53,6 +53,7 @@ def at_zero(num_heads):
     }
 
 
+@pytest.mark.slow
 def test_pooling_finds_the_planted_word(generator):
     train, new = plant(generator, 101, 5, 3.0), plant(generator, 61, 7, 3.0)
     routine = SVGD(POOLING, num_particles=50)

@@ -119,10 +119,8 @@ def missed_by_nuts(reference: ReferencePosterior, draws: Tensor) -> str:
     return missed(gate, by_moments(draws.flatten(0, 1), exact))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "kilpisjarvi")) for name in NAMES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_nuts_passes_its_gate(name):
     reference = load(name)
     nuts = NUTS(reference.model, coordinates="laplace")
@@ -132,6 +130,7 @@ def test_nuts_passes_its_gate(name):
     assert not missed_by_nuts(reference, posterior.unconstrained)
 
 
+@pytest.mark.slow
 def test_nuts_in_raw_coordinates_is_flagged_and_misses_its_gate():
     reference = load("kilpisjarvi")
     nuts = NUTS(reference.model, max_tree_depth=5)
@@ -162,7 +161,7 @@ CURVED = ("eight_schools", "kilpisjarvi", "mesquite")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in CURVED)) for name in NAMES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "mesquite")) for name in NAMES]
 )
 def test_svi_passes_its_gate(name):
     assert svi_shift(name, 1000) <= svi_bound(name)
