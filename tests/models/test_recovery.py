@@ -77,9 +77,9 @@ def test_one_head_of_several_finds_the_planted_word(generator):
 @pytest.mark.slow
 def test_particles_have_the_mean_and_spread_of_a_markov_chain(generator):
     train, new = plant(generator, 101, 5, 3.0), plant(generator, 61, 7, 3.0)
-    length = {"num_steps": 1000, "init": at_zero(1)}
-    svgd = SVGD(POOLING, num_particles=200).run(*train[:3], **length, **QUIET)
-    nuts = NUTS(POOLING).run(*train[:3], warmup_steps=100, num_samples=400, init=svgd, **QUIET)
+    length = {"num_steps": 800, "init": at_zero(1)}
+    svgd = SVGD(POOLING, num_particles=100).run(*train[:3], **length, **QUIET)
+    nuts = NUTS(POOLING).run(*train[:3], warmup_steps=50, num_samples=300, init=svgd, **QUIET)
     for site, mean in nuts.mean().items():
         spread = nuts.std()[site]
         assert ((svgd.mean()[site] - mean).abs() < 0.3 * spread).all()
