@@ -91,7 +91,7 @@ def test_one_particle_and_duplicates(kernel, dtype):
     """Where the median distance is zero: no repulsion, and a kernel of one."""
     for count in (1, 2, 5):
         x = torch.full((count, 3), 7.3, dtype=dtype)
-        gram, repulsion, _ = kernel(x)
+        gram, repulsion, *_ = kernel(x)
         assert gram.dtype == repulsion.dtype == dtype
         assert (gram == 1).all()
         assert (repulsion == 0).all()
@@ -114,7 +114,7 @@ def test_distances_lost_to_rounding_are_never_negative(generator):
 @pytest.mark.parametrize("kernel", [RBF(), RBF("paper"), IMQ()], ids=repr)
 def test_bandwidth_is_not_made_of_rounding(kernel, generator):
     x = mostly_duplicates(generator)
-    gram, repulsion, _ = kernel(x)
+    gram, repulsion, *_ = kernel(x)
     assert repulsion.isfinite().all()
     assert gram[1:, 1:].min() > 0.9
     assert gram[0, 1:].max() < 0.1
@@ -124,7 +124,7 @@ def test_bandwidth_is_not_made_of_rounding(kernel, generator):
 def test_two_particles_at_any_distance_stay_finite(kernel):
     for distance in (1e-12, 1e-3, 1e6):
         x = torch.tensor([[0.0], [distance]], dtype=torch.float32)
-        gram, repulsion, _ = kernel(x)
+        gram, repulsion, *_ = kernel(x)
         assert gram.isfinite().all()
         assert repulsion.isfinite().all()
 

@@ -42,7 +42,7 @@ class Terms(Protocol):
 
     @property
     def own_slope(self) -> Float[Tensor, "*batch particle dim"] | None:
-        """Divergence of K(x_i, y) by y at y = x_i; None where it is zero, as of radial kernels.
+        """Divergence of K(x_i, y) by y at y = x_i, zero of radial kernels; None means zero.
 
         Repulsion and this make M times the divergence of the matrix K / M between particles.
         """
@@ -127,7 +127,7 @@ class KernelTerms(NamedTuple):
         gram: Kernel between every two particles, symmetric; one on the diagonal if radial.
         repulsion: Sum over j of the gradient of k(x_j, x_i) by x_j: away from the other particles.
         squared_bandwidth: That was in force; None where there is no such figure.
-        own_slope: Gradient of k(x_i, y) by y at y = x_i; None where it is zero.
+        own_slope: Gradient of k(x_i, y) by y at y = x_i; None means zero.
     """
 
     gram: Float[Tensor, "*batch particle particle"]

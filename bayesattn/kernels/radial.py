@@ -57,8 +57,10 @@ class _Radial(Summable):
         centered, distances = geometry(particles)
         squared = self._squared(centered, distances)
         gram, slope = self._profile(distances, squared[..., None, None])
-        repulsion = pairwise_repulsion(slope, centered)
-        return KernelTerms(gram.to(particles.dtype), repulsion.to(particles.dtype), squared)
+        repulsion = pairwise_repulsion(slope, centered).to(particles.dtype)
+        # Zeros that take no memory, not None, which no transform lets pass.
+        flat = repulsion.new_zeros(()).expand_as(repulsion)
+        return KernelTerms(gram.to(particles.dtype), repulsion, squared, own_slope=flat)
 
     def gram(
         self, x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]
