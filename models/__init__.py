@@ -5,15 +5,27 @@ if not __name__.startswith("bayesattn."):
         f"import bayesattn.models, not {__name__}: under two names Python would load two copies"
     )
 
+from bayesattn.models.attention_mixtures import AttentionMixture, VariancePrior
+from bayesattn.models.keys_from_queries import KeysFromQueries
 from bayesattn.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from bayesattn.models.mixing import DirichletMixing, Mixing, NormMixing, UniformMixing
 from bayesattn.models.pooling import AttentionPooling
+from bayesattn.models.queries_from_keys import QueriesFromKeys
 from bayesattn.models.self_attention import MultiHeadSelfAttention
 
 __all__ = [
+    "AttentionMixture",
     "AttentionPooling",
     "Bernoulli",
     "Categorical",
+    "DirichletMixing",
+    "KeysFromQueries",
     "Likelihood",
+    "Mixing",
     "MultiHeadSelfAttention",
+    "NormMixing",
     "Normal",
+    "QueriesFromKeys",
+    "UniformMixing",
+    "VariancePrior",
 ]
