@@ -1,0 +1,36 @@
+"""What a layer is given to choose its attention by: logits and normalization."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Logits", "Normalization", "mixes_queries", "own_choice"]
+
+Logits = Callable[[Tensor, Tensor], Tensor]
+Normalization = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def mixes_queries(normalization: Normalization | None) -> bool:
+    """Whether a query's weights may depend on the other queries; true of one that does not say."""
+    return normalization is not None and getattr(normalization, "mixes_queries", True)
+
+
+def own_choice(
+    name: str,
+    choice: Callable[..., Tensor] | None,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+) -> Any:
+    """Copy a module for one layer's use, where and of what type that is; a function stays itself.
+
+    Raises:
+        ValueError: If it cannot be called.
+    """
+    if choice is not None and not callable(choice):
+        raise ValueError(f"{name}: expected something to call, or None, got {choice!r}")
+    if isinstance(choice, nn.Module):
+        return copy.deepcopy(choice).to(device=device, dtype=dtype)
+    return choice

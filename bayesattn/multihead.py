@@ -1,0 +1,320 @@
+r"""Multi-head attention as a layer: ``torch.nn.MultiheadAttention`` with a choice of weights.
+
+.. math:: \mathrm{MultiHead}(Q, K, V) = [o_1 | \dots | o_H] W^O, \qquad
+    o_h = \mathrm{attention}(Q W_h^Q, K W_h^K, V W_h^V)
+
+Source:
+    Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762, section 3.2.2.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from bayesattn.attention_choices import Logits, Normalization, mixes_queries, own_choice
+from bayesattn.contraction import weighted_sums
+from bayesattn.functional import attention, attention_weights
+from bayesattn.head_layout import append_position, merge_heads, project, sequence_sizes, split_heads
+from bayesattn.layer_masks import LayerShape, attention_masks
+
+__all__ = ["AttentionInputs", "MultiheadAttention"]
+
+# A whole number is a number too, which run-time type checks do not take for a float.
+Number = float | int
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer hands to :func:`bayesattn.attention`.
+
+    Attributes:
+        query: Projected queries.
+        key: Projected keys, those appended included.
+        value: Projected values.
+        settings: Masks, ``logits`` and ``normalization``, by the function's names.
+    """
+
+    query: Float[Tensor, "batch head query dim"]
+    key: Float[Tensor, "batch head key dim"]
+    value: Float[Tensor, "batch head key dim"]
+    settings: dict[str, Any]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """A drop-in for ``torch.nn.MultiheadAttention`` that takes other logits and normalizations.
+
+    Constructor, call, ``state_dict``, initialization and, under the softmax, results are PyTorch's,
+    masks included: here True is *left out*. It differs where
+
+    * a query that sees no key gets the output projection's bias, where PyTorch returns NaN;
+    * ``is_causal=True`` needs no ``attn_mask``, and is fastest without; with one, both hold, so
+      that a wrong hint cannot change what the mask says;
+    * nested tensors are refused, and PyTorch's encoder never takes its shortcut past this layer.
+
+    A normalization over queries must know which of them are padding. In self-attention (query and
+    key are one object) ``key_padding_mask`` says so; else pass ``query_padding_mask``. In a float
+    padding mask only minus infinity is padding.
+
+    Args:
+        embed_dim: Width of queries and outputs.
+        num_heads: Number of heads; ``embed_dim`` is split among them.
+        dropout: Probability of dropping a weight in training.
+        bias: Whether the projections have biases.
+        add_bias_kv: Append one learned key and value.
+        add_zero_attn: Append a key and value of zeros.
+        kdim: Width of keys, ``embed_dim`` by default.
+        vdim: Width of values, ``embed_dim`` by default.
+        batch_first: Tensors are "batch sequence feature" rather than "sequence batch feature".
+        device: Where the parameters are.
+        dtype: Type of the parameters.
+        normalization: From logits and mask to weights, such as one of
+            :mod:`bayesattn.normalizations`; the softmax if None. A module is copied, so that layers
+            made from one share no parameter.
+        logits: From projected queries and keys to logits; the scaled dot product if None. A module
+            is copied likewise.
+
+    Raises:
+        ValueError: If the sizes do not fit, or a choice cannot be called.
+    """
+
+    normalization: Normalization | None
+    logits: Logits | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: Number = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        normalization: Normalization | None = None,
+        logits: Logits | None = None,
+    ) -> None:
+        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim: expected a positive multiple of num_heads, got {embed_dim} "
+                f"for {num_heads} heads"
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a probability, got {dropout}")
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self.normalization = own_choice("normalization", normalization, device, dtype)
+        self.logits = own_choice("logits", logits, device, dtype)
+        # PyTorch's encoder reads this for leave to compute softmax attention by itself, without
+        # calling its self_attn; which weights there are, we ask of the weights.
+        self._qkv_same_embed_dim = False
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.MultiheadAttention,
+        *,
+        normalization: Normalization | None = None,
+        logits: Logits | None = None,
+    ) -> "MultiheadAttention":
+        """Turn a layer of PyTorch's into one of ours around the very same parameters.
+
+        Nothing is copied but ``normalization`` and ``logits``, which move to the layer's device and
+        type: optimizers and tied weights go on, and training either layer trains both. Take
+        ``copy.deepcopy(module)`` for one that stands alone. Hooks stay with ``module``.
+
+        Args:
+            module: PyTorch's layer, or one of ours, whose choices are then replaced.
+            normalization: As for the constructor.
+            logits: As for the constructor.
+
+        Raises:
+            ValueError: If the module computes something else, or its weights are parametrized.
+        """
+        if type(module).forward not in (nn.MultiheadAttention.forward, cls.forward):
+            raise ValueError(
+                "from_torch: expected torch.nn.MultiheadAttention, got "
+                f"{type(module).__name__} with a forward of its own"
+            )
+        if any(parametrize.is_parametrized(part) for part in module.modules()):
+            raise ValueError("from_torch: expected plain parameters, got parametrized ones")
+        weight = module.out_proj.weight
+        layer = cls(
+            module.embed_dim,
+            module.num_heads,
+            module.dropout,
+            bias=module.in_proj_bias is not None,
+            add_bias_kv=module.bias_k is not None,
+            add_zero_attn=module.add_zero_attn,
+            kdim=module.kdim,
+            vdim=module.vdim,
+            batch_first=module.batch_first,
+            device="meta",
+        )
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(layer, name, parameter)
+        layer.out_proj = module.out_proj
+        layer.normalization = own_choice(
+            "normalization", normalization, weight.device, weight.dtype
+        )
+        layer.logits = own_choice("logits", logits, weight.device, weight.dtype)
+        return layer.train(module.training)
+
+    def forward(
+        self,
+        query: Shaped[Tensor, "..."],
+        key: Shaped[Tensor, "..."],
+        value: Shaped[Tensor, "..."],
+        key_padding_mask: Shaped[Tensor, "..."] | None = None,
+        need_weights: bool = True,
+        attn_mask: Shaped[Tensor, "..."] | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        query_padding_mask: Shaped[Tensor, "..."] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, as ``torch.nn.MultiheadAttention`` does.
+
+        Args:
+            query: "query batch feature", "batch query feature" if ``batch_first``, or
+                "query feature".
+            key: Likewise, "key batch feature".
+            value: Likewise, one for each key.
+            key_padding_mask: "batch key"; True, or minus infinity, is padding.
+            need_weights: Return the weights too, which forms them all.
+            attn_mask: "query key" or "batch·head query key"; True is left out, a float is added.
+            average_attn_weights: Return the mean of the heads' weights.
+            is_causal: Query i sees keys 0 to i only.
+            query_padding_mask: "batch query"; padding takes no part and gets the output's bias.
+
+        Returns:
+            Outputs, shaped as the queries; and "batch query key" or "batch head query key" weights,
+            with keys appended last and after dropout, or None.
+
+        Raises:
+            ValueError: If the shapes or masks do not fit.
+        """
+        inputs = self.attention_inputs(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            query_padding_mask=query_padding_mask,
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        if not need_weights:
+            heads = attention(*inputs[:3], dropout_p=dropout_p, **inputs.settings)
+            return self._output(heads, query.ndim == 3), None
+        weights = attention_weights(*inputs[:2], **inputs.settings)
+        weights = F.dropout(weights, dropout_p)
+        heads = weighted_sums(weights.to(inputs.value.dtype), inputs.value)
+        weights = weights.mean(1) if average_attn_weights else weights
+        weights = weights if query.ndim == 3 else weights[0]
+        return self._output(heads, query.ndim == 3), weights
+
+    def attention_inputs(
+        self,
+        query: Shaped[Tensor, "..."],
+        key: Shaped[Tensor, "..."],
+        value: Shaped[Tensor, "..."],
+        key_padding_mask: Shaped[Tensor, "..."] | None = None,
+        need_weights: bool = True,
+        attn_mask: Shaped[Tensor, "..."] | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        query_padding_mask: Shaped[Tensor, "..."] | None = None,
+    ) -> AttentionInputs:
+        """What a call with these arguments hands to :func:`bayesattn.attention`.
+
+        The arguments are those of the call, so that a hook on the layer can pass them on::
+
+            layer.register_forward_hook(
+                lambda layer, args, kwargs, _: seen.append(layer.attention_inputs(*args, **kwargs)),
+                with_kwargs=True,
+            )
+
+        Raises:
+            ValueError: If the shapes or masks do not fit.
+        """
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        sizes = sequence_sizes(query, key, value, widths, batch_first=self.batch_first)
+        appended = int(self.bias_k is not None) + int(self.add_zero_attn)
+        shape = LayerShape(sizes[0], self.num_heads, sizes[1], sizes[2], appended)
+        mixes = mixes_queries(self.normalization)
+        if is_causal and mixes and appended:
+            raise ValueError(
+                "is_causal: expected no keys appended by add_bias_kv or add_zero_attn where the "
+                f"normalization runs over queries, got {appended}"
+            )
+        # Only a normalization over queries asks: the softmax treats padding as PyTorch does.
+        if query_padding_mask is None and query is key and mixes:
+            query_padding_mask = key_padding_mask
+        masks = attention_masks(
+            shape,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            query_padding_mask=query_padding_mask,
+            is_causal=is_causal,
+            device=query.device,
+        )
+        settings = {"logits": self.logits, "normalization": self.normalization}
+        return AttentionInputs(*self._heads(query, key, value), masks._asdict() | settings)
+
+    def extra_repr(self) -> str:
+        """Sizes, and the choices that are functions; modules show themselves."""
+        parts = [f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"]
+        parts.append(f"batch_first={self.batch_first}")
+        choices = {"normalization": self.normalization, "logits": self.logits}
+        for name, choice in choices.items():
+            if choice is not None and not isinstance(choice, nn.Module):
+                parts.append(f"{name}={getattr(choice, '__name__', choice)}")
+        return ", ".join(parts)
+
+    def _reset_parameters(self) -> None:
+        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        for weight in weights:
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = separate if self.in_proj_weight is None else self.in_proj_weight
+        projected = project(query, key, value, weights, self.in_proj_bias)
+        settings = {"num_heads": self.num_heads, "batch_first": self.batch_first}
+        query, key, value = (split_heads(part, **settings) for part in projected)
+        if self.bias_k is not None and self.bias_v is not None:
+            key, value = append_position(key, self.bias_k), append_position(value, self.bias_v)
+        if self.add_zero_attn:
+            zeros = key.new_zeros(self.embed_dim)
+            key, value = append_position(key, zeros), append_position(value, zeros)
+        return query, key, value
+
+    def _output(self, heads: Tensor, is_batched: bool) -> Tensor:
+        merged = merge_heads(heads, is_batched=is_batched, batch_first=self.batch_first)
+        return self.out_proj(merged)
