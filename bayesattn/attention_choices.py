@@ -20,7 +20,7 @@ def mixes_queries(normalization: Normalization | None) -> bool:
 
 def own_choice(
     name: str,
-    choice: Callable[..., Tensor] | None,
+    choice: object,
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
 ) -> Any:

@@ -69,9 +69,9 @@ def append_position(
 
 
 def sequence_sizes(
-    query: Shaped[Tensor, "..."],
-    key: Shaped[Tensor, "..."],
-    value: Shaped[Tensor, "..."],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     widths: tuple[int, int, int],
     *,
     batch_first: bool,

@@ -179,9 +179,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def forward(
         self,
-        query: Shaped[Tensor, "..."],
-        key: Shaped[Tensor, "..."],
-        value: Shaped[Tensor, "..."],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         key_padding_mask: Shaped[Tensor, "..."] | None = None,
         need_weights: bool = True,
         attn_mask: Shaped[Tensor, "..."] | None = None,
@@ -233,9 +233,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def attention_inputs(
         self,
-        query: Shaped[Tensor, "..."],
-        key: Shaped[Tensor, "..."],
-        value: Shaped[Tensor, "..."],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         key_padding_mask: Shaped[Tensor, "..."] | None = None,
         need_weights: bool = True,
         attn_mask: Shaped[Tensor, "..."] | None = None,
