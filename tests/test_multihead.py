@@ -333,6 +333,15 @@ def test_query_padding_is_told_in_cross_attention(is_float, generator):
     assert not torch.allclose(layer(query, key, value)[0][:, :3], expected)
 
 
+def test_padded_keys_are_no_padded_queries_in_cross_attention(generator):
+    layer = seeded(MultiheadAttention, WIDTH, HEADS, batch_first=True, normalization=Columns())
+    query, x = torch.randn(2, BATCH, KEYS, WIDTH, generator=generator)
+    padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
+    padding[:, 3:] = True
+    expected = layer(query, x[:, :3], x[:, :3])[0]
+    torch.testing.assert_close(layer(query, x, x, padding)[0], expected)
+
+
 def test_appended_keys_are_no_padding(generator):
     layer = seeded(
         MultiheadAttention,
