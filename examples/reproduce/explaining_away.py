@@ -1,0 +1,187 @@
+"""Does attention explain words away, and does it matter? Four normalizations on real text.
+
+Ding et al. (2020), arXiv:2009.14308, find that the attention of Transformers ignores some of its
+inputs, and propose doubly-normalized attention, which cannot. Here small Transformers are trained
+from scratch to classify sentences, with each normalization in turn::
+
+    python -m examples.reproduce.explaining_away --data DIR --jobs 2
+
+``text_tasks.py`` says what may lie in DIR; SNIPS comes with the package. See README.md in this
+folder for what was found.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+from bayesattn.encoder import TransformerEncoderLayer
+from bayesattn.normalizations import DoublyNormalized, HybridNormalized, Sinkhorn
+from bayesattn.plots.canvas import bare, colors, legend_above, new_figure
+from examples.reproduce.column_mass import EDGES, THRESHOLDS, profile
+from examples.reproduce.command_line import command
+from examples.reproduce.protocol import Build, Outcome, Study, Task
+from examples.reproduce.running import write_atomically
+from examples.reproduce.text_classifier import TextClassifier
+from examples.reproduce.text_tasks import READERS, TextSplits, read_task
+from examples.reproduce.training import Budget, classification_metrics, predict, train
+
+__all__ = ["NORMALIZATIONS", "STUDY", "build_classifier", "measure"]
+
+_DIM, _NUM_HEADS = 64, 4
+# Passes over the training sentences, fewer where there are more of them; for each learning rate.
+_EPOCHS = {"snips": 6, "clinc150": 6, "banking77": 6, "trec": 5, "sst2": 3}
+_WHEN = ("initial", "trained")
+
+
+def softmax() -> None:
+    """Softmax, which is what the layers do by themselves."""
+
+
+NORMALIZATIONS = {
+    "softmax": softmax,
+    "doubly": DoublyNormalized,
+    "hybrid": partial(HybridNormalized, _NUM_HEADS),
+    "sinkhorn3": partial(Sinkhorn, 3),
+}
+
+
+def build_classifier(normalization: str, splits: TextSplits) -> nn.Module:
+    """Build an untrained classifier: two layers of width 64 with four heads."""
+
+    def layer() -> nn.Module:
+        return TransformerEncoderLayer(
+            _DIM,
+            _NUM_HEADS,
+            2 * _DIM,
+            dropout=0.1,
+            batch_first=True,
+            norm_first=True,
+            normalization=NORMALIZATIONS[normalization](),
+        )
+
+    return TextClassifier(len(splits.vocabulary), len(splits.label_names), layer, dim=_DIM)
+
+
+def measure(build: Build, splits: TextSplits, budget: Budget, seed: int) -> Outcome:
+    """Train a classifier, and look at the words' masses before and after."""
+    training, validation, test = map(budget.cut, splits[:3])
+    before = profile(build(), test)
+    trained = train(build, training, validation, budget, seed)
+    details = {
+        "initial": before,
+        "trained": profile(trained.model, test),
+        "curves": trained.curves,
+        "normalization": {
+            name: value.tolist()
+            for name, value in trained.model.named_parameters()
+            if ".normalization." in name
+        },
+    }
+    metrics = classification_metrics(predict(trained.model, test), test.label)
+    return Outcome(metrics, trained.choices, details)
+
+
+def draw(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write the histograms of log10 column mass, and a table of the explained-away rates."""
+    mass_figure(records).savefig(folder / "column_mass.png", dpi=150)
+    write_atomically(folder / "explained_away.md", rates_table(records))
+
+
+def mass_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the histogram of log10 column mass, a row for each task, a column for each layer.
+
+    Lines are trained models, and dotted ones untrained, pooled over seeds and heads.
+    """
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    rivals = list(dict.fromkeys(record["rival"] for record in records))
+    num_layers = len(records[0]["details"]["trained"])
+    size = (1.0 + 3.6 * num_layers, 1.2 + 1.7 * len(tasks))
+    figure, grid = new_figure(len(tasks), num_layers, size, sharex=True)
+    edges, handles = EDGES.numpy(), []
+    for task, row in zip(tasks, grid, strict=True):
+        for layer, axes in enumerate(row):
+            handles = []
+            for rival, color in zip(rivals, colors(len(rivals)), strict=True):
+                for when, style, width in zip(_WHEN, (":", "-"), (1.0, 1.6), strict=True):
+                    density = _density(records, task, rival, when, layer)
+                    if density is not None:
+                        (line,) = axes.plot(
+                            (edges[1:] + edges[:-1]) / 2, density, style, color=color, lw=width
+                        )
+                        line.set_label(rival if when == "trained" else f"{rival}, untrained")
+                        handles.append(line)
+            axes.set_title(f"{task}, layer {layer + 1}", loc="left", fontsize=10)
+            axes.tick_params(labelsize=8)
+            bare(axes)
+    for axes in grid[-1]:
+        axes.set_xlabel("log10 of the attention a word receives", fontsize=9)
+    legend_above(figure, handles, "Column mass of the words of test sentences")
+    return figure
+
+
+def rates_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Write explained-away rates as Markdown: means over seeds and heads, ± over seeds."""
+    head = ["task", "normalization", "when", "layer"]
+    head += [f"below {bound}" for bound in THRESHOLDS]
+    head += [f"below {THRESHOLDS[0]} in all heads", "lowest mass", "words attended to"]
+    rows = [head, ["---"] * len(head)]
+    groups = dict.fromkeys((record["task"], record["rival"]) for record in records)
+    for task, rival in groups:
+        for when in _WHEN:
+            layers = [
+                r["details"][when] for r in records if (r["task"], r["rival"]) == (task, rival)
+            ]
+            for layer, seeds in enumerate(zip(*layers, strict=True)):
+                rates = [[np.mean(s["rates"][str(bound)]) for s in seeds] for bound in THRESHOLDS]
+                everywhere = [s["in_all_heads"][str(THRESHOLDS[0])] for s in seeds]
+                cells = [task, rival, when, str(layer + 1), *map(_percent, [*rates, everywhere])]
+                cells.append(f"{min(s['lowest'] for s in seeds):.1e}")
+                cells.append(f"{np.mean([s['attended'] for s in seeds]):.1f}")
+                rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def _percent(values: Sequence[float]) -> str:
+    several = len(values) > 1
+    error = f" ± {100 * np.std(values, ddof=1) / np.sqrt(len(values)):.1f}" if several else ""
+    return f"{100 * np.mean(values):.1f}{error} %"
+
+
+def _density(
+    records: Sequence[Mapping[str, Any]], task: str, rival: str, when: str, layer: int
+) -> np.ndarray | None:
+    """Share of words in each bin, per unit of log10, pooled over seeds."""
+    counts = [
+        record["details"][when][layer]["histogram"]
+        for record in records
+        if (record["task"], record["rival"]) == (task, rival)
+    ]
+    if not counts:
+        return None
+    total = np.sum(counts, axis=0)
+    return total / total.sum() / np.diff(EDGES.numpy())
+
+
+STUDY = Study(
+    name="explaining_away",
+    tasks={
+        name: Task(
+            partial(read_task, name),
+            Budget(_EPOCHS[name], learning_rates=(2e-3, 5e-3)),
+            Budget(2, learning_rates=(5e-3,), max_sentences=210),
+        )
+        for name in READERS
+    },
+    rivals={name: partial(build_classifier, name) for name in NORMALIZATIONS},
+    metrics={"accuracy": "higher", "log score": "higher", "ECE": "lower"},
+    measure=measure,
+    draw=draw,
+)
+
+if __name__ == "__main__":
+    command(STUDY)()
