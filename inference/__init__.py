@@ -1,4 +1,4 @@
-"""How posteriors of Pyro programs are found: SVGD, SVI and NUTS on one bridge from Pyro."""
+"""How posteriors of Pyro programs are found: SVGD, SVI, NUTS and EM on one bridge from Pyro."""
 
 if not __name__.startswith("bayesattn."):
     raise ImportError(
@@ -6,8 +6,10 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.inference.checkpoints import Checkpoint
+from bayesattn.inference.closed_forms import ClosedForms
 from bayesattn.inference.comparison import Comparison, compare
 from bayesattn.inference.coordinates import Affine, laplace
+from bayesattn.inference.em import EM
 from bayesattn.inference.initialization import initial_values
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.matching import match_heads
@@ -21,12 +23,14 @@ from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
 
 __all__ = [
+    "EM",
     "NUTS",
     "SPOS",
     "SVGD",
     "SVI",
     "Affine",
     "Checkpoint",
+    "ClosedForms",
     "Comparison",
     "ConvergenceWarning",
     "DensitySettings",

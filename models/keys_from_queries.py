@@ -93,7 +93,9 @@ class KeysFromQueries(AttentionMixture):
                 weighted_sums(weights, problem.value),
                 prior_mean=self._zeros(problem),
                 counts=counts,
-                ratio=problem.query.new_tensor(self.value_variance / self.value_center_scale**2),
+                ratio=problem.query.new_full(
+                    (1,), self.value_variance / self.value_center_scale**2
+                ),
                 is_flat=math.isinf(self.value_center_scale),
                 present=state["value_center"],
                 is_live=problem.live_queries,
