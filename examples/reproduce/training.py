@@ -88,14 +88,15 @@ def train(
     curves: dict[str, list[float]] = {}
     best: tuple[float, float, int, dict[str, Tensor]] | None = None
     model = build()
-    for learning_rate in budget.learning_rates:
-        model = build()
-        curve = curves[str(learning_rate)] = []
-        epochs = _epochs(model, training, budget, learning_rate, seed, loss or cross_entropy)
-        for epoch in epochs:
-            curve.append(float(calibration.log_score(predict(model, validation), validation.label)))
-            if best is None or curve[-1] > best[0]:
-                best = (curve[-1], learning_rate, epoch, copy.deepcopy(model.state_dict()))
+    with torch.random.fork_rng(devices=[]):
+        for rate in budget.learning_rates:
+            model = build()
+            curve = curves[str(rate)] = []
+            for epoch in _epochs(model, training, budget, rate, seed, loss or cross_entropy):
+                probabilities = predict(model, validation)
+                curve.append(float(calibration.log_score(probabilities, validation.label)))
+                if best is None or curve[-1] > best[0]:
+                    best = (curve[-1], rate, epoch, copy.deepcopy(model.state_dict()))
     if best is None:
         raise ValueError(f"budget: expected an epoch at least, got {budget}")
     score, learning_rate, epoch, state = best
@@ -142,7 +143,7 @@ def _epochs(
 ) -> Any:
     """Train, and give the number of each epoch after it."""
     steps = budget.num_epochs * -(-len(training.label) // budget.batch_size)
-    optimizer = torch.optim.AdamW(_groups(model, budget.weight_decay), lr=learning_rate)
+    optimizer = torch.optim.AdamW(_groups(model, budget.weight_decay), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(steps, budget.warmup))
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
