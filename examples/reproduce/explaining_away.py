@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import nn
 
 from bayesattn.encoder import TransformerEncoderLayer
@@ -100,32 +102,23 @@ def draw(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
 def mass_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the histogram of log10 column mass, a row for each task, a column for each layer.
 
-    Lines are trained models, and dotted ones untrained, pooled over seeds and heads.
+    Lines are trained models, and the dotted one is the untrained baseline, pooled over seeds and
+    heads.
     """
     tasks = list(dict.fromkeys(record["task"] for record in records))
     rivals = list(dict.fromkeys(record["rival"] for record in records))
     num_layers = len(records[0]["details"]["trained"])
-    size = (1.0 + 3.6 * num_layers, 1.2 + 1.7 * len(tasks))
-    figure, grid = new_figure(len(tasks), num_layers, size, sharex=True)
-    edges, handles = EDGES.numpy(), []
+    size = (1.2 + 4.2 * num_layers, 1.4 + 1.9 * len(tasks))
+    figure, grid = new_figure(len(tasks), num_layers, size, sharex=True, sharey=True)
+    handles = []
     for task, row in zip(tasks, grid, strict=True):
         for layer, axes in enumerate(row):
-            handles = []
-            for rival, color in zip(rivals, colors(len(rivals)), strict=True):
-                for when, style, width in zip(_WHEN, (":", "-"), (1.0, 1.6), strict=True):
-                    density = _density(records, task, rival, when, layer)
-                    if density is not None:
-                        (line,) = axes.plot(
-                            (edges[1:] + edges[:-1]) / 2, density, style, color=color, lw=width
-                        )
-                        line.set_label(rival if when == "trained" else f"{rival}, untrained")
-                        handles.append(line)
+            handles = _mass_lines(axes, [r for r in records if r["task"] == task], rivals, layer)
             axes.set_title(f"{task}, layer {layer + 1}", loc="left", fontsize=10)
-            axes.tick_params(labelsize=8)
-            bare(axes)
     for axes in grid[-1]:
-        axes.set_xlabel("log10 of the attention a word receives", fontsize=9)
-    legend_above(figure, handles, "Column mass of the words of test sentences")
+        axes.set_xlabel("log10 of the attention that a word receives", fontsize=9)
+    figure.supylabel("share of words, for each 1/8 of a decade", fontsize=10)
+    legend_above(figure, handles, "Attention that the words of test sentences receive")
     return figure
 
 
@@ -157,19 +150,31 @@ def _percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.1f}{error} %"
 
 
-def _density(
-    records: Sequence[Mapping[str, Any]], task: str, rival: str, when: str, layer: int
-) -> np.ndarray | None:
-    """Share of words in each bin, per unit of log10, pooled over seeds."""
-    counts = [
-        record["details"][when][layer]["histogram"]
-        for record in records
-        if (record["task"], record["rival"]) == (task, rival)
-    ]
-    if not counts:
-        return None
-    total = np.sum(counts, axis=0)
-    return total / total.sum() / np.diff(EDGES.numpy())
+def _mass_lines(
+    axes: Axes, records: Sequence[Mapping[str, Any]], rivals: Sequence[str], layer: int
+) -> list[Line2D]:
+    edges, handles = EDGES.numpy(), []
+    for place, (rival, color) in enumerate(zip(rivals, colors(len(rivals)), strict=True)):
+        for when, style in (("initial", ":"), ("trained", "-")):
+            if when == "initial" and place > 0:
+                continue
+            counts = [
+                record["details"][when][layer]["histogram"]
+                for record in records
+                if record["rival"] == rival
+            ]
+            if not counts:
+                continue
+            total = np.sum(counts, axis=0)
+            share = np.where(total > 0, total / total.sum(), np.nan)
+            label = rival if when == "trained" else f"{rival}, untrained"
+            middles = (edges[1:] + edges[:-1]) / 2
+            handles += axes.plot(middles, share, style, color=color, linewidth=1.5, label=label)
+    axes.set_yscale("log")
+    axes.axvline(-1, color="0.6", linewidth=0.8)
+    axes.tick_params(labelsize=8)
+    bare(axes)
+    return handles
 
 
 STUDY = Study(
