@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from bayesattn import inference as inference
     from bayesattn import kernels as kernels
     from bayesattn import models as models
+    from bayesattn import normalizations as normalizations
     from bayesattn import plots as plots
+    from bayesattn.encoder import TransformerEncoder as TransformerEncoder
+    from bayesattn.encoder import TransformerEncoderLayer as TransformerEncoderLayer
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
+    from bayesattn.multihead import MultiheadAttention as MultiheadAttention
 
     __version__: str
 
 __all__ = [
+    "MultiheadAttention",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "__version__",
     "attention",
     "attention_weights",
@@ -32,10 +39,14 @@ __all__ = [
     "inference",
     "kernels",
     "models",
+    "normalizations",
     "plots",
 ]
 
 _MODULE_OF = {
+    "MultiheadAttention": "bayesattn.multihead",
+    "TransformerEncoder": "bayesattn.encoder",
+    "TransformerEncoderLayer": "bayesattn.encoder",
     "attention": "bayesattn.functional",
     "attention_weights": "bayesattn.functional",
 }

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Logits", "Normalization", "mixes_queries", "own_choice"]
+__all__ = ["LogitsFunction", "NormalizationFunction", "mixes_queries", "own_choice"]
 
-Logits = Callable[[Tensor, Tensor], Tensor]
-Normalization = Callable[[Tensor, Tensor | None], Tensor]
+LogitsFunction = Callable[[Tensor, Tensor], Tensor]
+NormalizationFunction = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def mixes_queries(normalization: Normalization | None) -> bool:
+def mixes_queries(normalization: NormalizationFunction | None) -> bool:
     """Whether a query's weights may depend on the other queries; true of one that does not say."""
     return normalization is not None and getattr(normalization, "mixes_queries", True)
 

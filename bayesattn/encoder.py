@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesattn.attention_choices import Logits, Normalization
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.layer_masks import is_causal_mask
 from bayesattn.multihead import MultiheadAttention, Number
 
@@ -63,8 +63,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        normalization: Normalization | None = None,
-        logits: Logits | None = None,
+        normalization: NormalizationFunction | None = None,
+        logits: LogitsFunction | None = None,
     ) -> None:
         if d_model <= 0 or nhead <= 0 or d_model % nhead:
             raise ValueError(

@@ -9,7 +9,7 @@ Source:
 """
 
 import math
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
@@ -17,13 +17,21 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.contraction import inner_products, inside_transform, weighted_sums
-from bayesattn.masking import Masks, combine_masks, masked_softmax
+from bayesattn.fused_route import attend_fused, reduce_logits, takes_fused
+from bayesattn.masking import (
+    Masks,
+    autocast_type,
+    combine_masks,
+    is_lower_triangle,
+    masked_softmax,
+)
+from bayesattn.normalizations.columns import Softmax
+from bayesattn.normalizations.protocol import Normalization
 
 __all__ = ["attention", "attention_weights"]
 
-Logits = Callable[[Tensor, Tensor], Tensor]
-Normalization = Callable[[Tensor, Tensor | None], Tensor]
 # A whole number is a number too, which run-time type checks do not take for a float.
 Number = float | int
 
@@ -40,8 +48,8 @@ def attention(
     scale: Number | None = None,
     dropout_p: Number = 0.0,
     enable_gqa: bool = False,
-    logits: Logits | None = None,
-    normalization: Normalization | None = None,
+    logits: LogitsFunction | None = None,
+    normalization: NormalizationFunction | None = None,
     route: str = "auto",
 ) -> Float[Tensor, "*_batch query _value_dim"]:
     """Average the values under each query's attention weights.
@@ -61,29 +69,39 @@ def attention(
         scale: Factor of the dot product; one over the square root of the width if None.
         dropout_p: Probability of dropping a weight, in force whenever positive.
         enable_gqa: There are fewer heads of keys and values, each for a run of query heads.
-        logits: ``logits(query, key)`` in place of the scaled dot product.
-        normalization: ``normalization(logits, mask)`` in place of the masked softmax; the mask is
-            boolean and broadcasts to the logits, or is None.
-        route: "dense" forms the weights. "fused" is ``F.scaled_dot_product_attention``, which does
-            not, and has no second derivatives. "auto" is fused except where only the dense formula
-            exists, inside transforms of ``torch.func`` (vmap unrolls the fused one), and for few
-            queries on keys shared between batches or heads, which the fused one copies.
+        logits: ``logits(query, key)`` in place of the scaled dot product: a
+            :class:`bayesattn.logits.Logits` or a function.
+        normalization: ``normalization(logits, mask)`` in place of the masked softmax: a
+            :class:`bayesattn.normalizations.Normalization` or a function; the mask is boolean and
+            broadcasts to the logits, or is None.
+        route: "dense" forms the weights. "fused" does not, and has no second derivatives and no
+            forward mode: softmax is ``F.scaled_dot_product_attention``, all else
+            :mod:`bayesattn.fused`. "auto" is the faster one: dense where only that formula exists,
+            for few queries and keys, and for few queries on keys shared between batches or heads,
+            which fused ones copy.
 
     Returns:
         Averages, the same by either route.
 
     Raises:
-        ValueError: If shapes, types or masks do not fit together, or the route cannot be taken.
+        ValueError: If shapes, types or masks do not fit together, the route cannot be taken, or a
+            normalization over queries would leak the future under a causal mask.
+
+    Warns:
+        UserWarning: If a normalization over queries meets a single query, whose weights are then
+            uniform.
     """
     batch = _check(query, key, value, enable_gqa)
-    _check_choices(route, dropout_p, scale, logits, normalization)
+    _check_choices(route, dropout_p, scale, logits)
+    _check_normalization(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
     if enable_gqa:
         key, value = _repeat_heads(key, batch[-1]), _repeat_heads(value, batch[-1])
-    dense_only = logits is not None or normalization is not None
-    is_fused = _takes_fused(route, dense_only, query, key, batch)
+    normalization = None if isinstance(normalization, Softmax) else normalization
+    is_plain = logits is None and normalization is None
+    is_stock = is_plain and _takes_stock(route, query, key, batch)
     only_causal = is_causal and attn_mask is None and key_mask is None
     # The fused kernels know this one mask better than any tensor could tell them.
-    causal_kernel = is_fused and only_causal
+    causal_kernel = is_stock and only_causal
     masks = combine_masks(
         (*batch, query.shape[-2], key.shape[-2]),
         attn_mask=attn_mask,
@@ -92,9 +110,13 @@ def attention(
         is_causal=is_causal and not causal_kernel,
         device=query.device,
     )
-    if is_fused:
+    if is_stock:
         settings = {"dropout_p": float(dropout_p), "scale": scale, "is_causal": causal_kernel}
-        return _fused(query, key, value, masks, batch, settings)
+        return _stock(query, key, value, masks, batch, settings)
+    if takes_fused(route, query, key, masks, logits, normalization, float(dropout_p)):
+        reduced = reduce_logits(query, key, scale, logits)
+        if reduced is not None:
+            return attend_fused(reduced, value, masks, normalization, float(dropout_p))
     weights = _dense_weights(query, key, masks, scale, logits, normalization)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
@@ -111,8 +133,8 @@ def attention_weights(
     is_causal: bool = False,
     scale: Number | None = None,
     enable_gqa: bool = False,
-    logits: Logits | None = None,
-    normalization: Normalization | None = None,
+    logits: LogitsFunction | None = None,
+    normalization: NormalizationFunction | None = None,
 ) -> Float[Tensor, "*_batch query key"]:
     """Attention weights of every query; the arguments are those of :func:`attention`.
 
@@ -123,7 +145,8 @@ def attention_weights(
         ValueError: If shapes, types or masks do not fit together.
     """
     batch = _check(query, key, None, enable_gqa)
-    _check_choices("dense", 0.0, scale, logits, normalization)
+    _check_choices("dense", 0.0, scale, logits)
+    _check_normalization(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
     masks = combine_masks(
         (*batch, query.shape[-2], key.shape[-2]),
         attn_mask=attn_mask,
@@ -142,8 +165,8 @@ def _dense_weights(
     key: Tensor,
     masks: Masks,
     scale: Number | None,
-    logits: Logits | None,
-    normalization: Normalization | None,
+    logits: LogitsFunction | None,
+    normalization: NormalizationFunction | None,
 ) -> Tensor:
     if logits is None:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -159,7 +182,7 @@ def _dense_weights(
     return weights if pairs is None else torch.where(pairs, weights, 0.0)
 
 
-def _fused(
+def _stock(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -197,13 +220,12 @@ def _repeat_heads(part: Tensor, num_heads: int) -> Tensor:
     return part.repeat_interleave(num_heads // part.shape[-3], dim=-3)
 
 
-def _takes_fused(
-    route: str, dense_only: bool, query: Tensor, key: Tensor, batch: tuple[int, ...]
-) -> bool:
+def _takes_stock(route: str, query: Tensor, key: Tensor, batch: tuple[int, ...]) -> bool:
+    """Whether softmax goes to PyTorch's own fused attention."""
     if route != "auto":
         return route == "fused"
     copied_to_no_gain = key.shape[:-2] != batch and query.shape[-2] < query.shape[-1]
-    return not (dense_only or copied_to_no_gain or inside_transform())
+    return not (copied_to_no_gain or inside_transform())
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> tuple[int, ...]:
@@ -216,7 +238,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -
         raise ValueError(f"attention: query and key must have one width, got {got}")
     if value is not None and key.shape[-2] != value.shape[-2]:
         raise ValueError(f"attention: every key needs its value, got {got}")
-    if len({part.dtype for part in parts.values()}) > 1 and not _autocast_is_on(query):
+    if len({part.dtype for part in parts.values()}) > 1 and autocast_type(query) is None:
         names = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
         raise ValueError(f"attention: expected one type, got {names}")
     shapes = [tuple(part.shape[:-2]) for part in parts.values()]
@@ -227,11 +249,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -
     except RuntimeError:
         raise ValueError(f"attention: leading axes must broadcast, got {got}") from None
     return tuple(torch.broadcast_shapes(*shapes[:2]))
-
-
-def _autocast_is_on(part: Tensor) -> bool:
-    device = part.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _shapes_of_groups(shapes: list[tuple[int, ...]], got: str) -> list[tuple[int, ...]]:
@@ -247,15 +264,36 @@ def _check_choices(
     route: str,
     dropout_p: Number,
     scale: Number | None,
-    logits: Logits | None,
-    normalization: Normalization | None,
+    logits: LogitsFunction | None,
 ) -> None:
     if route not in ("auto", "dense", "fused"):
         raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {route!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
-    for name, given in (("logits", logits), ("normalization", normalization)):
-        if route == "fused" and given is not None:
-            raise ValueError(f"route: expected 'dense' with {name}=, got 'fused'")
     if scale is not None and logits is not None:
         raise ValueError(f"scale: with logits= it belongs to those, got {scale}")
+
+
+def _check_normalization(
+    normalization: NormalizationFunction | None,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+) -> None:
+    if not isinstance(normalization, Normalization) or not normalization.mixes_queries:
+        return
+    name = type(normalization).__name__
+    if num_queries == 1 and num_keys > 1:
+        warnings.warn(
+            f"{name} normalizes over queries, and of a single one all weights are alike: it gives "
+            "the plain mean of the values",
+            stacklevel=3,
+        )
+    if normalization.is_causal:
+        return
+    if (is_causal and num_queries > 1) or is_lower_triangle(attn_mask, num_queries, num_keys):
+        raise ValueError(
+            f"normalization: {name} normalizes over queries, so under a causal mask each query "
+            "would learn of later ones; expected CausalDoublyNormalized or Softmax"
+        )

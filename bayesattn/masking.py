@@ -13,8 +13,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-__all__ = ["Masks", "combine_masks", "masked_softmax"]
+from bayesattn.contraction import inside_transform
+
+__all__ = ["Masks", "autocast_type", "combine_masks", "is_lower_triangle", "masked_softmax"]
 
 
 class Masks(NamedTuple):
@@ -90,6 +93,30 @@ def masked_softmax(
     lowest = torch.finfo(logits.dtype).min
     weights = torch.softmax(torch.where(mask, logits, lowest), dim=-1)
     return torch.where(mask, weights, 0.0)
+
+
+def is_lower_triangle(mask: Shaped[Tensor, "..."] | None, num_queries: int, num_keys: int) -> bool:
+    """Whether a mask forbids just all keys after each query, of which there are as many, above one.
+
+    It reads the mask, so it says no while code is compiled or transformed.
+    """
+    if mask is None or num_queries != num_keys or num_keys < 2:
+        return False
+    if mask.shape[-2:] != (num_queries, num_keys):
+        return False
+    if torch.compiler.is_compiling() or inside_transform() or is_fake(mask):
+        return False
+    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+    triangle = torch.ones_like(seen).tril()
+    return bool((seen == triangle).all())
+
+
+def autocast_type(part: Tensor) -> torch.dtype | None:
+    """The type that autocast gives to products on a tensor's device; None where it is off."""
+    device = part.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def _beside_heads(mask: Tensor, batch: list[int]) -> Tensor:

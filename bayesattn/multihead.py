@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from bayesattn.attention_choices import Logits, Normalization, mixes_queries, own_choice
+from bayesattn.attention_choices import (
+    LogitsFunction,
+    NormalizationFunction,
+    mixes_queries,
+    own_choice,
+)
 from bayesattn.contraction import weighted_sums
 from bayesattn.functional import attention, attention_weights
 from bayesattn.head_layout import append_position, merge_heads, project, sequence_sizes, split_heads
@@ -80,8 +85,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         ValueError: If the sizes do not fit, or a choice cannot be called.
     """
 
-    normalization: Normalization | None
-    logits: Logits | None
+    normalization: NormalizationFunction | None
+    logits: LogitsFunction | None
 
     def __init__(
         self,
@@ -97,8 +102,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        normalization: Normalization | None = None,
-        logits: Logits | None = None,
+        normalization: NormalizationFunction | None = None,
+        logits: LogitsFunction | None = None,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
@@ -131,8 +136,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         cls,
         module: nn.MultiheadAttention,
         *,
-        normalization: Normalization | None = None,
-        logits: Logits | None = None,
+        normalization: NormalizationFunction | None = None,
+        logits: LogitsFunction | None = None,
     ) -> "MultiheadAttention":
         """Turn a layer of PyTorch's into one of ours around the very same parameters.
 

@@ -160,3 +160,45 @@ def pair_contrast(function, x, y, a, b, distinct=False):
         return total / weight
 
     return mean(x, x, a, a, distinct) + mean(y, y, b, b, distinct) - 2 * mean(x, y, a, b, False)
+
+
+def column_then_row(logits, mask, prior=None, strength=1.0):
+    """Weights normalized over queries first (to a power, under a prior) and over keys last."""
+    prior = np.zeros(len(logits)) if prior is None else prior
+    weights = np.zeros_like(logits)
+    logarithms = np.zeros_like(logits)
+    for j in range(logits.shape[1]):
+        asking = [i for i in range(len(logits)) if mask[i, j]]
+        top = max((logits[i, j] + prior[i] for i in asking), default=0.0)
+        total = sum(math.exp(logits[i, j] + prior[i] - top) for i in asking)
+        for i in asking:
+            logarithms[i, j] = logits[i, j] - strength * (top + math.log(total))
+    for i in range(len(logits)):
+        seen = [j for j in range(logits.shape[1]) if mask[i, j]]
+        top = max((logarithms[i, j] for j in seen), default=0.0)
+        total = sum(math.exp(logarithms[i, j] - top) for j in seen)
+        for j in seen:
+            weights[i, j] = math.exp(logarithms[i, j] - top) / total
+    return weights
+
+
+def sinkhorn(logits, mask, num_sweeps):
+    """Plans scaled to unit columns, then unit rows, as often as asked; none may be empty."""
+    plan = np.where(mask, np.exp(logits), 0.0)
+    for _ in range(num_sweeps):
+        plan = plan / plan.sum(0, keepdims=True)
+        plan = plan / plan.sum(1, keepdims=True)
+    return plan
+
+
+def prefix_column_then_row(logits):
+    """Row i: columns normalized over queries j to i, then the keys 0 to i."""
+    size = len(logits)
+    weights = np.zeros_like(logits)
+    for i in range(size):
+        row = [
+            math.exp(logits[i, j]) / sum(math.exp(logits[k, j]) for k in range(j, i + 1))
+            for j in range(i + 1)
+        ]
+        weights[i, : i + 1] = np.array(row) / sum(row)
+    return weights

@@ -527,9 +527,9 @@ def test_refuses_masks_that_would_grow_the_result(generator):
 
 def test_refuses_what_does_not_go_together(generator):
     query, key, value = operands(generator)
-    with pytest.raises(ValueError, match="route: expected 'dense' with logits=, got 'fused'"):
+    with pytest.raises(ValueError, match="route: expected 'dense' with logits= that do not"):
         attention(query, key, value, logits=negative_distance, route="fused")
-    with pytest.raises(ValueError, match="route: expected 'dense' with normalization="):
+    with pytest.raises(ValueError, match="route: expected 'dense' with normalization= that has no"):
         attention(query, key, value, normalization=column_first, route="fused")
     with pytest.raises(ValueError, match=r"scale: with logits= it belongs to those, got 2\.0"):
         attention_weights(query, key, logits=negative_distance, scale=2.0)

@@ -1,0 +1,192 @@
+r"""Attention with any logits and normalization that reduce to the fused primitives.
+
+.. math:: o_i = \sum_c w_c \sum_j \mathrm{softmax}_j(q'_i \cdot k'_j + b_j + g_{cj})\, v_j
+
+Memory is linear in the sequence: no weights are formed.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
+from bayesattn.fused import (
+    attention_logsumexp,
+    attention_with_key_bias,
+    doubly_normalized_attention,
+)
+from bayesattn.logits import DotProduct, Logits, ReducedLogits
+from bayesattn.masking import Masks, autocast_type
+from bayesattn.normalizations.columns import Softmax
+from bayesattn.normalizations.protocol import Component, Normalization
+
+__all__ = ["FusedAttention", "attend_fused", "reduce_logits", "takes_fused"]
+
+# Below so many logits for each head the dense formula is faster.
+_FEWEST_LOGITS = 256 * 256
+
+
+def takes_fused(
+    route: str,
+    query: Tensor,
+    key: Tensor,
+    masks: Masks,
+    logits: LogitsFunction | None,
+    normalization: NormalizationFunction | None,
+    dropout_p: float,
+) -> bool:
+    """Whether attention that is not PyTorch's own goes to the fused primitives.
+
+    Raises:
+        ValueError: If it is asked to and cannot.
+    """
+    if route == "dense":
+        return False
+    obstacle = _obstacle(query, key, masks, logits, normalization)
+    if route == "fused":
+        if obstacle:
+            raise ValueError(f"route: expected 'dense' {obstacle}, got 'fused'")
+        return True
+    is_large = query.shape[-2] * key.shape[-2] >= _FEWEST_LOGITS
+    # On the CPU, PyTorch's kernels with dropout form the weights too; and they unroll under vmap.
+    return is_large and not obstacle and (dropout_p == 0 or query.device.type != "cpu")
+
+
+def reduce_logits(
+    query: Float[Tensor, "*_batch query _dim"],
+    key: Float[Tensor, "*_batch key _dim"],
+    scale: float | None,
+    logits: LogitsFunction | None,
+) -> ReducedLogits | None:
+    """Logits as inner products with biases, or None where they have no such form."""
+    if logits is None:
+        return DotProduct(scale).reduce(query, key)
+    return logits.reduce(query, key) if isinstance(logits, Logits) else None
+
+
+def attend_fused(
+    reduced: ReducedLogits,
+    value: Float[Tensor, "*_batch key _value_dim"],
+    masks: Masks,
+    normalization: NormalizationFunction | None,
+    dropout_p: float,
+) -> Float[Tensor, "*_batch query _value_dim"]:
+    """Averages of the values under masks that do not pair queries with keys."""
+    if masks.bias is not None:
+        bias = torch.where(masks.bias > -torch.inf, masks.bias, 0.0).squeeze(-2)
+        bias = bias if reduced.key_bias is None else reduced.key_bias + bias
+        reduced = reduced._replace(key_bias=bias)
+    query_mask = None if masks.queries is None else masks.queries.squeeze(-1)
+    key_mask = None if masks.keys is None else masks.keys.squeeze(-2)
+    fused = FusedAttention(reduced, value, query_mask, key_mask, dropout_p)
+    choice = normalization if isinstance(normalization, Normalization) else Softmax()
+    output = choice.attend(fused)
+    assert output is not None
+    output = output.to(value.dtype) if autocast_type(value) is None else output
+    return output if masks.queries is None else torch.where(masks.queries, output, 0.0)
+
+
+class FusedAttention:
+    """What a normalization asks of the fused primitives, for given logits and values.
+
+    Args:
+        logits: Reduced to inner products with biases.
+        value: What is averaged; only for the averages.
+        query_mask: "*batch query" with the head axis: which queries count; all if None.
+        key_mask: "*batch key" with the head axis: which keys take part; all if None.
+        dropout_p: Probability of dropping a weight.
+    """
+
+    def __init__(
+        self,
+        logits: ReducedLogits,
+        value: Float[Tensor, "*_batch key _value_dim"] | None = None,
+        query_mask: Bool[Tensor, "*_batch _query"] | None = None,
+        key_mask: Bool[Tensor, "*_batch _key"] | None = None,
+        dropout_p: float = 0.0,
+    ):
+        self.logits, self.value, self.dropout_p = logits, value, dropout_p
+        dtype = torch.promote_types(logits.query.dtype, torch.float32)
+        self._no_query = None if query_mask is None else _log(query_mask, dtype)
+        self._no_key = None if key_mask is None else _log(key_mask, dtype)
+
+    def over_queries(
+        self, bias: Shaped[Tensor, "*_batch query"] | None = None
+    ) -> Float[Tensor, "*_batch key"]:
+        """Logsumexp over the queries that count, with a bias for each."""
+        query, key, query_bias, key_bias = self.logits
+        counted = _sum(query_bias, bias, self._no_query)
+        total = attention_logsumexp(key, query, counted, scale=1.0)
+        return _total(total, key_bias)
+
+    def over_keys(
+        self, bias: Shaped[Tensor, "*_batch key"] | None = None
+    ) -> Float[Tensor, "*_batch query"]:
+        """Logsumexp over the keys that take part, with a bias for each."""
+        query, key, query_bias, key_bias = self.logits
+        counted = _sum(key_bias, bias, self._no_key)
+        total = attention_logsumexp(query, key, counted, scale=1.0)
+        return _total(total, query_bias)
+
+    def attend(self, component: Component) -> Float[Tensor, "*_batch query _value_dim"]:
+        """Averages of the values under one softmax, times its share."""
+        query, key, _, key_bias = self.logits
+        bias = _sum(key_bias, component.key_bias, self._no_key)
+        output = attention_with_key_bias(
+            query, key, self._values(), bias, scale=1.0, dropout_p=self.dropout_p
+        )
+        return output if component.weight is None else component.weight.to(output.dtype) * output
+
+    def attend_doubly_normalized(
+        self, log_prior: Shaped[Tensor, "*_batch query"] | None = None
+    ) -> Float[Tensor, "*_batch query _value_dim"]:
+        """Averages of the values under doubly-normalized weights, which no key's bias changes."""
+        query, key, query_bias, _ = self.logits
+        if self.dropout_p > 0:
+            return self.attend(Component(-self.over_queries(log_prior)))
+        prior = _sum(query_bias, log_prior, self._no_query)
+        return doubly_normalized_attention(
+            query, key, self._values(), prior, self._no_key, scale=1.0
+        )
+
+    def _values(self) -> Tensor:
+        assert self.value is not None
+        return self.value
+
+
+def _log(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    forbidden = torch.full((), -torch.inf, dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), forbidden)
+
+
+def _sum(*parts: Tensor | None) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    if not given:
+        return None
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in given) else torch.float32
+    return sum((part.to(dtype) for part in given[1:]), start=given[0].to(dtype))
+
+
+def _total(total: Tensor, bias: Tensor | None) -> Tensor:
+    total = torch.where(total > -torch.inf, total, 0.0)
+    return total if bias is None else total + bias.to(total.dtype)
+
+
+def _obstacle(
+    query: Tensor,
+    key: Tensor,
+    masks: Masks,
+    logits: LogitsFunction | None,
+    normalization: NormalizationFunction | None,
+) -> str:
+    """Why only the dense formula exists; empty if the fused one does."""
+    own_logits = getattr(type(logits), "reduce", Logits.reduce)
+    if logits is not None and own_logits is Logits.reduce:
+        return "with logits= that do not reduce"
+    own = getattr(type(normalization), "components", Normalization.components)
+    if normalization is not None and own is Normalization.components:
+        return "with normalization= that has no components"
+    pairs = (masks.keys, masks.bias)
+    if any(mask is not None and mask.shape[-2] != 1 for mask in pairs):
+        return "with masks that pair queries with keys"
+    return "" if query.shape[-2] and key.shape[-2] else "without a query or a key"

@@ -1,0 +1,155 @@
+r"""Logits of attention: how well a query and a key go together, before any normalization.
+
+.. math:: s_{ij} = q'_i \cdot k'_j + a_i + b_j
+
+Whatever has this form, with :math:`q'` a function of the query alone and so on, reduces to
+attention by dot products with a bias for each query and each key, and so to the fused routines of
+:mod:`bayesattn.fused`. A softmax over keys does not see :math:`a`; one over queries does.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bayesattn.contraction import inner_products
+
+__all__ = ["DotProduct", "GaussianLogits", "Logits", "ReducedLogits"]
+
+
+class ReducedLogits(NamedTuple):
+    """Logits as inner products with biases; None where there is no bias.
+
+    Attributes:
+        query: What asks, with all scales in it.
+        key: What is asked.
+        query_bias: Added to all logits of a query.
+        key_bias: Added to all logits of a key.
+    """
+
+    query: Float[Tensor, "*_batch query _dim"]
+    key: Float[Tensor, "*_batch key _dim"]
+    query_bias: Float[Tensor, "*_batch query"] | None = None
+    key_bias: Float[Tensor, "*_batch key"] | None = None
+
+
+class Logits(nn.Module):
+    """A choice of logits. A subclass defines ``reduce``, or ``forward`` where only that exists.
+
+    Modules have no parameters unless they say so; those with parameters have them for each head,
+    on the third axis from the right.
+    """
+
+    def reduce(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits | None:
+        """The logits as inner products with biases, or None where they have no such form."""
+        return None
+
+    def forward(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> Float[Tensor, "*_batch query key"]:
+        """The logits of all pairs.
+
+        Raises:
+            TypeError: If a subclass defines neither this nor ``reduce``.
+        """
+        reduced = self.reduce(query, key)
+        if reduced is None:
+            raise TypeError(f"{type(self).__name__} must define reduce or forward")
+        values = inner_products(reduced.query, reduced.key)
+        if reduced.query_bias is not None:
+            values = values + reduced.query_bias[..., :, None]
+        return values if reduced.key_bias is None else values + reduced.key_bias[..., None, :]
+
+
+class DotProduct(Logits):
+    r"""Scaled dot product, :math:`s_{ij} = \alpha\, q_i \cdot k_j`.
+
+    Args:
+        scale: :math:`\alpha`; one over the square root of the width if None.
+    """
+
+    def __init__(self, scale: float | None = None):
+        super().__init__()
+        self.scale = scale
+
+    def reduce(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Scale the queries."""
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return ReducedLogits(query * scale, key)
+
+    def extra_repr(self) -> str:
+        """The scale, where it was given."""
+        return "" if self.scale is None else f"scale={self.scale}"
+
+
+class GaussianLogits(Logits):
+    r"""Log densities of a normal mixture, with a learned variance and learned mixing weights.
+
+    .. math:: s_{ij} = \frac{-\lVert q_i - k_j \rVert^2 + \beta_q \lVert q_i \rVert^2
+        + \beta_k \lVert k_j \rVert^2}{2 \sigma^2}
+
+    The :math:`\beta` are exponents of the mixing weights, :math:`\pi_j \propto
+    e^{\beta_k \lVert k_j \rVert^2 / 2 \sigma^2}` where keys are the centers (softmax), and so for
+    queries (doubly normalized). At one, where they start, the logits are the dot product over
+    :math:`\sigma^2`; at zero the mixture is uniform.
+
+    Args:
+        num_heads: Each head has its own :math:`\sigma^2` and :math:`\beta`.
+        dim: Width of a head; :math:`\sigma^2` starts at its square root.
+
+    Attributes:
+        log_variance: :math:`\log \sigma^2`, for each head.
+        query_exponent: :math:`\beta_q`, for each head.
+        key_exponent: :math:`\beta_k`, for each head.
+
+    Source:
+        Ding et al. (2020), arXiv:2009.14308, for attention as a mixture.
+    """
+
+    def __init__(self, num_heads: int, dim: int):
+        super().__init__()
+        if num_heads < 1 or dim < 1:
+            raise ValueError(
+                f"num_heads and dim must be positive, got num_heads={num_heads}, dim={dim}"
+            )
+        self.num_heads, self.dim = num_heads, dim
+        self.log_variance = nn.Parameter(torch.empty(num_heads))
+        self.query_exponent = nn.Parameter(torch.empty(num_heads))
+        self.key_exponent = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start at the scaled dot product."""
+        nn.init.constant_(self.log_variance, torch.tensor(float(self.dim)).log().item() / 2)
+        nn.init.ones_(self.query_exponent)
+        nn.init.ones_(self.key_exponent)
+
+    def reduce(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Scale the queries, and give each query and key its bias."""
+        precision = torch.exp(-self.log_variance.to(query.dtype))[:, None]
+        return ReducedLogits(
+            query * precision[..., None],
+            key,
+            _norm_bias(query, self.query_exponent, precision),
+            _norm_bias(key, self.key_exponent, precision),
+        )
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"num_heads={self.num_heads}, dim={self.dim}"
+
+
+def _norm_bias(
+    part: Float[Tensor, "*_batch position _dim"],
+    exponent: Float[Tensor, " head"],
+    precision: Float[Tensor, "head 1"],
+) -> Float[Tensor, "*_batch position"]:
+    factor = (exponent[:, None].to(part.dtype) - 1.0) * precision / 2.0
+    return factor * part.square().sum(-1)
