@@ -97,7 +97,8 @@ def _present(study: Study, data: Path | None, tasks: list[str]) -> list[str]:
         counts[name] = check_parameters(study, splits)
         sizes[name] = splits.sizes()
     if absent:
-        typer.echo(f"Not in {data}: {', '.join(absent)}")
+        place = "here without --data" if data is None else f"in {data}"
+        typer.echo(f"Not {place}: {', '.join(absent)}")
     if not counts:
         raise ValueError(f"data: expected a folder with some of {', '.join(tasks)}, got {data}")
     typer.echo("Sizes (seed 0)\n" + pd.DataFrame(sizes).T.to_string())
