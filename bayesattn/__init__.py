@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from bayesattn import models as models
     from bayesattn import normalizations as normalizations
     from bayesattn import plots as plots
+    from bayesattn.attention_diagnostics import attention_statistics as attention_statistics
+    from bayesattn.attention_diagnostics import layer_statistics as layer_statistics
     from bayesattn.encoder import TransformerEncoder as TransformerEncoder
     from bayesattn.encoder import TransformerEncoderLayer as TransformerEncoderLayer
     from bayesattn.functional import attention as attention
@@ -31,6 +33,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "__version__",
     "attention",
+    "attention_statistics",
     "attention_weights",
     "calibration",
     "datasets",
@@ -38,6 +41,7 @@ __all__ = [
     "functional",
     "inference",
     "kernels",
+    "layer_statistics",
     "models",
     "normalizations",
     "plots",
@@ -48,7 +52,9 @@ _MODULE_OF = {
     "TransformerEncoder": "bayesattn.encoder",
     "TransformerEncoderLayer": "bayesattn.encoder",
     "attention": "bayesattn.functional",
+    "attention_statistics": "bayesattn.attention_diagnostics",
     "attention_weights": "bayesattn.functional",
+    "layer_statistics": "bayesattn.attention_diagnostics",
 }
 
 

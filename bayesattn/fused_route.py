@@ -20,7 +20,7 @@ from bayesattn.masking import Masks, autocast_type
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Component, Normalization
 
-__all__ = ["FusedAttention", "attend_fused", "reduce_logits", "takes_fused"]
+__all__ = ["FusedAttention", "attend_fused", "is_fusible", "reduce_logits", "takes_fused"]
 
 # Below so many logits for each head the dense formula is faster.
 _FEWEST_LOGITS = 256 * 256
@@ -52,6 +52,17 @@ def takes_fused(
     return is_large and not obstacle and (dropout_p == 0 or query.device.type != "cpu")
 
 
+def is_fusible(
+    query: Tensor,
+    key: Tensor,
+    masks: Masks,
+    logits: LogitsFunction | None,
+    normalization: NormalizationFunction | None,
+) -> bool:
+    """Whether the fused primitives can serve these choices and masks."""
+    return not _obstacle(query, key, masks, logits, normalization)
+
+
 def reduce_logits(
     query: Float[Tensor, "*_batch query _dim"],
     key: Float[Tensor, "*_batch key _dim"],
@@ -72,13 +83,7 @@ def attend_fused(
     dropout_p: float,
 ) -> Float[Tensor, "*_batch query _value_dim"]:
     """Averages of the values under masks that do not pair queries with keys."""
-    if masks.bias is not None:
-        bias = torch.where(masks.bias > -torch.inf, masks.bias, 0.0).squeeze(-2)
-        bias = bias if reduced.key_bias is None else reduced.key_bias + bias
-        reduced = reduced._replace(key_bias=bias)
-    query_mask = None if masks.queries is None else masks.queries.squeeze(-1)
-    key_mask = None if masks.keys is None else masks.keys.squeeze(-2)
-    fused = FusedAttention(reduced, value, query_mask, key_mask, dropout_p)
+    fused = FusedAttention.under_masks(reduced, masks, value, dropout_p)
     choice = normalization if isinstance(normalization, Normalization) else Softmax()
     output = choice.attend(fused)
     assert output is not None
@@ -109,6 +114,22 @@ class FusedAttention:
         dtype = torch.promote_types(logits.query.dtype, torch.float32)
         self._no_query = None if query_mask is None else _log(query_mask, dtype)
         self._no_key = None if key_mask is None else _log(key_mask, dtype)
+
+    @classmethod
+    def under_masks(
+        cls,
+        logits: ReducedLogits,
+        masks: Masks,
+        value: Float[Tensor, "*_batch key _value_dim"] | None = None,
+        dropout_p: float = 0.0,
+    ) -> "FusedAttention":
+        """Attention under masks that do not pair queries with keys."""
+        if masks.bias is not None:
+            bias = torch.where(masks.bias > -torch.inf, masks.bias, 0.0).squeeze(-2)
+            logits = logits._replace(key_bias=_sum(logits.key_bias, bias))
+        query_mask = None if masks.queries is None else masks.queries.squeeze(-1)
+        key_mask = None if masks.keys is None else masks.keys.squeeze(-2)
+        return cls(logits, value, query_mask, key_mask, dropout_p)
 
     def over_queries(
         self, bias: Shaped[Tensor, "*_batch query"] | None = None

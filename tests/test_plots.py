@@ -12,7 +12,9 @@ from matplotlib.collections import LineCollection, PolyCollection, QuadMesh
 from matplotlib.colors import to_rgba
 
 from bayesattn import plots
+from bayesattn.attention_diagnostics import attention_statistics
 from bayesattn.calibration import expected_calibration_error, reliability_bins
+from bayesattn.normalizations import DoublyNormalized
 
 WORDS = [["what", "is", "the", "weather"], ["play", "music"], ["rate", "this", "book"]]
 
@@ -469,3 +471,46 @@ def test_errors_of_calibration_are_those_of_the_figure(predictions):
     probabilities, labels = predictions
     error = expected_calibration_error(probabilities["NUTS"], labels)
     assert legend_of(plots.reliability(probabilities, labels))[0] == f"NUTS (ECE {error:.3f})"
+
+
+def test_attention_maps_show_the_weights(generator, tmp_path):
+    weights = torch.rand(3, 5, 4, generator=generator)
+    figure = plots.attention_maps(weights, ["a", "b"], ["x", "y", "z"], title="maps")
+    axes = [axes for axes in drawn(figure, tmp_path) if axes.get_title().startswith("head")]
+    assert len(axes) == 3
+    for head, one in enumerate(axes):
+        np.testing.assert_array_equal(one.images[0].get_array(), weights[head, :2, :3])
+        assert [label.get_text() for label in one.get_xticklabels()] == ["x", "y", "z"]
+        assert [label.get_text() for label in one.get_yticklabels()] == ["a", "b"]
+    square = plots.attention_maps(torch.rand(1, 3, 3, generator=generator), WORDS[2])
+    labels = drawn(square, tmp_path)[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == WORDS[2]
+    with pytest.raises(ValueError, match=r"weights must have axes \(head, query, key\)"):
+        plots.attention_maps(weights[0])
+    with pytest.raises(ValueError, match="query_words: expected 1 to 5 of them, got 6"):
+        plots.attention_maps(weights, list("abcdef"))
+
+
+def test_column_mass_shows_each_head_and_leaves_padding_out(generator, tmp_path):
+    query, key = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(2))
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    entries = {
+        "softmax": attention_statistics(query, key, key_mask=mask),
+        "doubly": attention_statistics(query, key, key_mask=mask, normalization=DoublyNormalized()),
+    }
+    figure = plots.column_mass(entries, threshold=0.2)
+    assert legend_of(figure) == ["softmax", "doubly"]
+    axes = [axes for axes in drawn(figure, tmp_path) if axes.get_title(loc="left")]
+    assert len(axes) == 3
+    for head, one in enumerate(axes):
+        for patch, entry in zip(one.patches, entries.values(), strict=True):
+            share, edges = patch.get_data()[:2]
+            np.testing.assert_allclose(share.sum(), 1.0)
+            masses = entry.column_mass[:, head][mask].log10()
+            middle = (share * (edges[1:] + edges[:-1]) / 2).sum()
+            assert abs(middle - masses.mean()) < edges[1] - edges[0]
+    with pytest.raises(ValueError, match="statistics must hold at least one entry, got none"):
+        plots.column_mass({})
+    other = attention_statistics(query[:, :2], key[:, :2])
+    with pytest.raises(ValueError, match=r"equally many heads in each, got \{'a': 3, 'b': 2\}"):
+        plots.column_mass({"a": entries["softmax"], "b": other})

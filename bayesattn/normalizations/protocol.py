@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayesattn.masking import masked_softmax
 
-__all__ = ["Component", "DenseSums", "FusedSums", "LogSums", "Normalization"]
+__all__ = ["Component", "DenseSums", "FusedSums", "LogSums", "Normalization", "mixture"]
 
 # Where nothing takes part; far below any logit, and finite, so that no gradient is NaN.
 _LOWEST = -1e30
@@ -149,13 +149,20 @@ class Normalization(nn.Module):
         parts = self.components(sums)
         if not parts:
             raise TypeError(f"{type(self).__name__} must define components or forward")
-        weights = None
-        for part in parts:
-            biased = logits.to(sums.logits.dtype)
-            if part.key_bias is not None:
-                biased = biased + part.key_bias[..., None, :]
-            share = masked_softmax(biased, mask)
-            share = share if part.weight is None else part.weight * share
-            weights = share if weights is None else weights + share
-        assert weights is not None
-        return weights.to(logits.dtype)
+        return mixture(logits.to(sums.logits.dtype), parts, mask).to(logits.dtype)
+
+
+def mixture(
+    logits: Float[Tensor, "*_batch query key"],
+    components: Sequence[Component],
+    mask: Bool[Tensor, "*_batch _query _key"] | None,
+) -> Float[Tensor, "*_batch query key"]:
+    """Weights of some queries, from their logits and the components of all."""
+    weights = None
+    for part in components:
+        biased = logits if part.key_bias is None else logits + part.key_bias[..., None, :]
+        share = masked_softmax(biased, mask)
+        share = share if part.weight is None else part.weight * share
+        weights = share if weights is None else weights + share
+    assert weights is not None
+    return weights

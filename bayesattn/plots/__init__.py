@@ -1,8 +1,18 @@
 """Pictures of posteriors, as matplotlib figures that leave no global state behind."""
 
 from bayesattn.plots.attended_words import attention
+from bayesattn.plots.attention_pictures import attention_maps, column_mass
 from bayesattn.plots.learning_curves import optimization
 from bayesattn.plots.posterior_draws import forest, marginals
 from bayesattn.plots.quality import reliability, scores
 
-__all__ = ["attention", "forest", "marginals", "optimization", "reliability", "scores"]
+__all__ = [
+    "attention",
+    "attention_maps",
+    "column_mass",
+    "forest",
+    "marginals",
+    "optimization",
+    "reliability",
+    "scores",
+]
