@@ -29,6 +29,7 @@ test-all: test test-slow ## Run all tests
 bench: .venv/.tests ## Measure speed and memory; beside JAX packages if `pip install -e '.[bench]'`
 	$(BIN)/python -m tests.benchmarks.svgd_speed
 	$(BIN)/python -m tests.benchmarks.svgd_memory
+	$(BIN)/python -m tests.benchmarks.attention_speed
 
 lint: .venv/.dev ## Check style and formatting
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -45,3 +46,19 @@ def test_memory_stays_within_its_bound():
     from tests.benchmarks.svgd_memory import bound, whole_step
 
     assert whole_step(300, 1500, "record") <= bound(300, 1500)
+
+
+def test_attention_is_timed_over_lengths():
+    command = [sys.executable, "-m", "tests.benchmarks.attention_speed", "--lengths", "16,32"]
+    command += ["--rounds", "1", "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("doubly, fused") == 2
+
+
+def test_fused_attention_needs_no_more_memory_than_pytorchs():
+    """Mutant: a (S, S) tensor anywhere on the fused route."""
+    from tests.benchmarks import attention_speed
+
+    _, memory = attention_speed.measure(4096, rounds=1, seconds=0.01, clock=time.process_time)
+    assert memory["doubly, fused"] <= 1.3 * memory["SDPA"]

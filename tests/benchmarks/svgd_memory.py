@@ -2,12 +2,8 @@ r"""Peak memory of the Stein direction and the optimizer, against :math:`8 M D +
 
 Run as ``python -m tests.benchmarks.svgd_memory [--particles M] [--dim D]``.
 
-Counted are all allocations and frees that torch's CPU allocator reports to ``torch.profiler``, so
-also buffers within operators and those of compiled code; to them comes the peak of what numpy
-allocates for the median, by ``tracemalloc``. What is there all the time (particles, momenta, the
-score where it is given) is counted as well; two steps are looked at, since the second one begins
-with what the first one leaves. The process's resident memory
-is not taken: it hangs on what the allocator keeps, and on libraries.
+What is there all the time (particles, momenta, the score where it is given) is counted as well; two
+steps are looked at, since the second one begins with what the first one leaves.
 
 The bound is for the direction and the optimizer, the score apart. A step of a routine is one graph
 with the score in it, so it is measured on a standard normal, whose score adds some :math:`M D` of
@@ -17,14 +13,10 @@ that is called by itself, with Adam after it.
 
 import argparse
 import functools
-import itertools
-import tracemalloc
-from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from bayesattn.inference.coordinates import identity
 from bayesattn.inference.optimizers import ScheduledOptimizer
@@ -32,9 +24,10 @@ from bayesattn.inference.particle_views import WholeParticles
 from bayesattn.inference.schedules import constant
 from bayesattn.inference.svgd import SVGD, direction
 from bayesattn.kernels import IMQ
+from tests.benchmarks.peak_memory import peak_bytes
 from tests.benchmarks.timing import table
 
-__all__ = ["bound", "direction_and_optimizer", "peak_bytes", "whole_step"]
+__all__ = ["bound", "direction_and_optimizer", "whole_step"]
 
 ADAM = functools.partial(torch.optim.Adam, lr=0.01)
 
@@ -42,24 +35,6 @@ ADAM = functools.partial(torch.optim.Adam, lr=0.01)
 def bound(num_particles: int, dim: int) -> int:
     """Numbers that direction and optimizer may hold at once."""
     return 8 * num_particles * dim + 4 * num_particles**2
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Most bytes that a call held at once, beyond what was there when it began.
-
-    Memory from before the call whose last use is within it counts to the end of it.
-    """
-    tracemalloc.start()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        function()
-    numpy_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    # In the order of time; the sort is stable, so events of one instant keep theirs.
-    changes.sort(key=lambda change: change[0])
-    held = itertools.accumulate((size for _, size in changes), initial=0)
-    return max(held) + numpy_peak
 
 
 def direction_and_optimizer(num_particles: int, dim: int) -> float:
