@@ -26,13 +26,25 @@ class ShapeMismatchError(ValueError):
 
 
 class GivenValues(Messenger):
-    """Gives sites and parameters their values, and frees observed sites that are drawn anew."""
+    """Gives sites and parameters their values, and frees observed sites that are drawn anew.
+
+    Args:
+        values: Site to value.
+        resample: Observed sites that are drawn anew.
+        parameters: Parameter to value; the same by default.
+        num_plate_axes: How many axes plates take at most, where known: axes left of them are of
+            discrete sites that are enumerated, on which a site of one value may hang.
+    """
 
     def __init__(
-        self, values: Values, resample: Collection[str] = (), parameters: Values | None = None
+        self,
+        values: Values,
+        resample: Collection[str] = (),
+        parameters: Values | None = None,
+        num_plate_axes: int | None = None,
     ):
         super().__init__()
-        self._values, self._resample = values, resample
+        self._values, self._resample, self._num_plate_axes = values, resample, num_plate_axes
         self._parameters = values if parameters is None else parameters
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -41,7 +53,10 @@ class GivenValues(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
         if isinstance(msg["fn"], _Subsample):
             return
-        expected = msg["fn"].batch_shape + msg["fn"].event_shape
+        batch = msg["fn"].batch_shape
+        if self._num_plate_axes is not None:
+            batch = batch[max(0, len(batch) - self._num_plate_axes) :]
+        expected = batch + msg["fn"].event_shape
         if msg["is_observed"]:
             _check_observed(name, msg["value"], expected)
         if name not in self._values or msg["is_observed"]:

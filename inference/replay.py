@@ -83,6 +83,7 @@ class Replay:
         self._modules = modules_of(model, args, kwargs)
         self._owned: dict[str, int] = {}
         self._parameters: dict[str, Tensor] = {}
+        self.sites: dict[str, Site] = {}
         self.sites = self._first_run()
         entries = sum(math.prod(site.shape) for site in self.sites.values())
         self._chunk_size = chunk_size or max(1, _ENTRIES_AT_ONCE // max(entries, 1))
@@ -183,8 +184,14 @@ class Replay:
             yield
 
     def _run(self, values: Values) -> Any:
-        with GivenValues(values, parameters={**self._parameters, **values}):
-            return self._model(*self._args, **self._kwargs)
+        # As if observed, so that Pyro's enumeration knows which discrete sites they hang on.
+        told = {
+            name: value
+            for name, value in values.items()
+            if name in self.sites and not self.sites[name].is_summable
+        }
+        with self._given(values):
+            return poutine.condition(self._model, told)(*self._args, **self._kwargs)
 
     def _trace(
         self,
@@ -197,9 +204,13 @@ class Replay:
         with (
             substituted_tensors(self._modules, tensors),
             FreshDraws(),
-            GivenValues(values, resample, {**self._parameters, **values}),
+            self._given(values, resample),
         ):
             return poutine.trace(handler(self._model)).get_trace(*self._args, **self._kwargs)
+
+    def _given(self, values: Values, resample: Collection[str] = ()) -> GivenValues:
+        depth = -self.first_free_axis - 1 if self.sites else None
+        return GivenValues(values, resample, {**self._parameters, **values}, depth)
 
     def _first_run(self) -> dict[str, Site]:
         first = {name: value[0] for name, value in self._values.items()}

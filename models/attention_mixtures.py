@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -88,12 +89,17 @@ class AttentionMixture(ABC):
 
     @property
     def dims(self) -> dict[str, list[str]]:
-        """Names of the axes of each site and argument, for ArviZ."""
+        """Names of the last axes of each site and argument, for ArviZ."""
+        of_queries = ("queries", "center", "retrieved_query", "observed_query")
         return {
-            "queries": ["query", "feature"],
-            "keys": ["key", "feature"],
-            "values": ["key", "value_feature"],
+            **{name: ["query", "feature"] for name in of_queries},
+            **{name: ["key", "feature"] for name in ("keys", "observed_key")},
+            **{name: ["key", "value_feature"] for name in ("values", "observed_value")},
+            "value_center": ["query", "value_feature"],
             "mixing": [self.component_name],
+            "query_mask": ["query"],
+            "key_mask": ["key"],
+            "attn_mask": ["query", "key"],
             "weights": ["query", "key"],
             "output": ["query", "value_feature"],
         }
@@ -152,13 +158,14 @@ class AttentionMixture(ABC):
         self, state: State, *args: Any, **kwargs: Any
     ) -> Float[Tensor, "*problem query key"]:
         """Log responsibilities: of each center for a datum, minus infinity where unseen."""
-        joint = self._log_joint(state, self.read(*args, **kwargs))
-        return joint.log_softmax(self.component_axis)
+        problem = self.read(*args, **kwargs)
+        posterior = self._log_joint(state, problem).log_softmax(self.component_axis)
+        return torch.where(problem.visible, posterior, -torch.inf)
 
     def responsibilities(
         self, state: State, *args: Any, **kwargs: Any
     ) -> Float[Tensor, "*problem query key"]:
-        """Posterior over the assignment of each datum, one over the axis of the centers."""
+        """Posterior over the assignment of each datum: sums to one over centers, if any is seen."""
         return self.e_step(state, *args, **kwargs).exp()
 
     def weights(
