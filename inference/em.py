@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.closed_forms import check_closed_forms
-from bayesattn.inference.em_run import EMInfo, EMRun, EMState, unconstrained_states
+from bayesattn.inference.em_run import EMInfo, EMRun, EMState, rounding, unconstrained_states
 from bayesattn.inference.initialization import Init, initial_values
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
@@ -145,7 +145,7 @@ class EM(Routine):
         ours = self.values(EMState((dict(run),)), *density.args, **density.kwargs)
         theirs = _log_joint(density, [run])
         scale = 1 + theirs.abs() + sum(site.shape.numel() for site in density.sites)
-        allowed = scale * torch.finfo(ours.dtype).eps ** 0.5
+        allowed = scale * rounding(density, ours) ** 0.5
         if bool(((ours - theirs).abs() > allowed).any()):
             raise ValueError(
                 f"the program's log_density is {float(ours):.6g} at the start, but its sites have "

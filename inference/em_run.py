@@ -7,13 +7,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.running import ConvergenceWarning, Watched
 from bayesattn.inference.schedules import Number
 
-__all__ = ["EMInfo", "EMRun", "EMState", "unconstrained_states"]
+__all__ = ["EMInfo", "EMRun", "EMState", "rounding", "unconstrained_states"]
 
 
 class EMState(NamedTuple):
@@ -114,7 +115,7 @@ class EMRun:
         runs, density = snapshot.runs, self.density
         unconstrained = unconstrained_states(density, runs)
         values = density.value_and_score(unconstrained, is_in_loop=False)[0]
-        problems = _falls(curves)
+        problems = _falls(curves, rounding(density, values) ** 0.5)
         if problems:
             warnings.warn(f"EM: {'; '.join(problems)}", ConvergenceWarning, stacklevel=2)
         return self.em.posterior(
@@ -143,12 +144,19 @@ def unconstrained_states(
     return density.unconstrain(values)
 
 
-def _falls(curves: Mapping[str, Tensor]) -> list[str]:
+def rounding(density: LogDensity, values: Float[Tensor, " run"]) -> float:
+    """Relative error of log densities, of the coarsest type among them and the program's data."""
+    leaves = tree_leaves((values, density.args, dict(density.kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+
+
+def _falls(curves: Mapping[str, Tensor], tolerance: float) -> list[str]:
     """Steps at which the density fell by more than rounding, which no step of EM may do."""
     curve = curves.get("log_density")
     if curve is None or curve.shape[-1] < 2:
         return []
-    allowed = torch.finfo(curve.dtype).eps ** 0.5 * (1 + curve.abs().amax())
+    allowed = tolerance * (1 + curve.abs().amax())
     fell = (curve.diff(dim=-1) < -allowed).nonzero()
     return [
         f"the log joint density of run {int(run)} fell at step {int(step)}, so that the M-step is "

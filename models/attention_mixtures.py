@@ -50,9 +50,9 @@ class VariancePrior:
     def __post_init__(self) -> None:
         check_settings(self)
 
-    def mode(self, count: Tensor | float, squares: Tensor) -> Tensor:
+    def mode(self, count: Tensor, squares: Tensor) -> Tensor:
         """Variance of highest posterior density, given a sum of so many squares."""
-        return (self.rate + squares / 2) / (self.shape + 1 + count / 2)
+        return (self.rate + squares / 2) / (self.shape + 1 + count.to(squares) / 2)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,6 @@ class DirichletMixing(Mixing):
         """
         size = counts.shape[-1]
         raised = torch.where(is_present, counts + (self.concentration - 1), 0.0)
-        present = is_present.sum(-1, keepdim=True) / size
+        present = is_present.to(counts).mean(-1, keepdim=True)
         relative = raised / raised.sum(-1, keepdim=True).clamp_min(torch.finfo(counts.dtype).tiny)
         return torch.where(is_present, present * relative, 1 / size)
