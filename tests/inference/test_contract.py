@@ -60,11 +60,14 @@ def with_closed_forms(model):
         return poutine.trace(told).get_trace(features, response).log_prob_sum()
 
     def m_step(state, _, features, response=None):
-        query, scale = state["query_weight"], state["key_scale"]
-        hidden = torch.tanh(features.to(query) @ query.mT) * scale
-        precision = hidden.mT @ hidden / 0.25 + torch.eye(NUM_HEADS).to(query)
-        readout = torch.linalg.solve(precision, hidden.mT @ response.to(query) / 0.25)
-        return {**state, "readout": readout}
+        features, response, query, scale = (
+            part.double()
+            for part in (features, response, state["query_weight"], state["key_scale"])
+        )
+        hidden = torch.tanh(features @ query.mT) * scale
+        precision = hidden.mT @ hidden / 0.25 + torch.eye(NUM_HEADS)
+        readout = torch.linalg.solve(precision, hidden.mT @ response / 0.25)
+        return {**state, "readout": readout.to(state["readout"])}
 
     if callable(model):
         model.log_density, model.m_step = log_density, m_step
