@@ -166,12 +166,12 @@ def _blocks_of_weights(
     choice = normalization if isinstance(normalization, Normalization) else Softmax()
     components = choice.components(fused)
     assert components is not None
-    query, key, _, key_bias = fused.logits
+    query, key, _, key_bias, factor = fused.logits
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = max(1, _BLOCK_ENTRIES // max(1, query[..., 0, 0].numel() * key.shape[-2]))
     for first in range(0, query.shape[-2], rows):
         some = slice(first, first + rows)
-        values = inner_products(query[..., some, :], key).to(dtype)
+        values = inner_products(query[..., some, :] * factor, key).to(dtype)
         values = values if key_bias is None else values + key_bias[..., None, :]
         weights = mixture(values, components, masks.keys)
         if masks.queries is not None:

@@ -17,6 +17,7 @@ Source:
     doubly-normalized weights: derived in :func:`attention_gradient`.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,13 +45,16 @@ def blockwise_logsumexp(
         key_bias: Finite, added to the logits; none if None.
         scale: Of the inner products.
     """
-    left, right = _with_bias(query * scale, key, key_bias)
-    result = query.new_empty(query.shape[:2])
-    for batch, rows, buffers in _blocks(left, right):
-        logits = torch.bmm(left[batch, rows], right[batch].mT, out=buffers[0])
-        largest = logits.amax(-1, keepdim=True)
-        total = logits.sub_(largest).exp_().sum(-1)
-        result[batch, rows] = total.log_().add_(largest.squeeze(-1))
+    result = query.new_full(query.shape[:2], -torch.inf)
+    if key.shape[1] == 0:
+        return result
+    for batch, blocks in _groups(query, key):
+        left, right = _with_bias(query[batch] * scale, key[batch], _of(key_bias, batch))
+        for rows, buffers in blocks:
+            logits = torch.bmm(left[:, rows], right.mT, out=buffers[0])
+            largest = logits.amax(-1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(-1)
+            result[batch, rows] = total.log_().add_(largest.squeeze(-1))
     return result
 
 
@@ -65,16 +69,18 @@ def logsumexp_gradient(
     Float[Tensor, "batch query dim"], Float[Tensor, "batch key dim"], Float[Tensor, "batch key"]
 ]:
     """Gradients of :func:`blockwise_logsumexp` with regard to query, key and key bias."""
-    left, right = _with_bias(query * scale, key, key_bias, logsumexp)
     to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
     to_bias = key.new_zeros(key.shape[:2])
-    for batch, rows, buffers in _blocks(left, right):
-        weights = torch.bmm(left[batch, rows], right[batch].mT, out=buffers[0]).exp_()
-        weights.mul_(gradient[batch, rows, None])
-        to_query[batch, rows] = torch.bmm(weights, key[batch])
-        to_key[batch].baddbmm_(weights.mT, query[batch, rows])
-        if key_bias is not None:
-            to_bias[batch] += weights.sum(-2)
+    for batch, blocks in _groups(query, key):
+        bias, total = _of(key_bias, batch), logsumexp[batch]
+        left, right = _with_bias(query[batch] * scale, key[batch], bias, total)
+        for rows, buffers in blocks:
+            weights = torch.bmm(left[:, rows], right.mT, out=buffers[0]).exp_()
+            weights.mul_(gradient[batch, rows, None])
+            to_query[batch, rows] = torch.bmm(weights, key[batch])
+            to_key[batch].baddbmm_(weights.mT, query[batch, rows])
+            if bias is not None:
+                to_bias[batch] += weights.sum(-2)
     return to_query.mul_(scale), to_key.mul_(scale), to_bias
 
 
@@ -118,34 +124,40 @@ def attention_gradient(
         Gradients of query, key, value, key bias (zeros if it comes from the logits), and query bias
         :math:`a` (zeros if there is none).
     """
-    left, right = _with_bias(query * scale, key, key_bias, logsumexp)
-    stacked = [gradient, (gradient * output).sum(-1, keepdim=True)]
     to_value, to_bias = torch.empty_like(value), key.new_zeros(key.shape[:2])
     to_query, to_key = torch.zeros_like(query), torch.empty_like(key)
-    to_query_bias = query.new_zeros(query.shape[:2])
-    if query_mass is not None:
-        stacked.append(query_mass[..., None])
-    upstream = torch.cat(stacked, -1)
-    for batch, rows, buffers in _blocks(right, left, num_buffers=2):
-        weights = torch.bmm(right[batch, rows], left[batch].mT, out=buffers[0]).exp_()
-        sums = torch.bmm(weights, upstream[batch])
-        columns = value[batch, rows]
-        width = columns.shape[-1]
-        to_value[batch, rows] = sums[..., :width]
-        excess = (sums[..., :width] * columns).sum(-1) - sums[..., width]
-        factors = [columns, -torch.ones_like(excess)[..., None]]
-        if query_mass is None:
-            to_bias[batch, rows] = excess
-        else:
-            factors.append(-excess[..., None])
-            to_query_bias[batch] -= torch.bmm(excess[:, None], weights).squeeze(1)
-        factor = torch.cat(factors, -1)
-        inner = torch.bmm(factor, upstream[batch].mT, out=buffers[1]).mul_(weights)
-        to_key[batch, rows] = torch.bmm(inner, query[batch])
-        to_query[batch].baddbmm_(inner.mT, key[batch, rows])
-    if query_mass is not None:
-        to_query_bias *= query_mass
+    to_query_bias, width = query.new_zeros(query.shape[:2]), value.shape[-1]
+    for batch, blocks in _groups(key, query, num_buffers=2):
+        left, right = _with_bias(
+            query[batch] * scale, key[batch], key_bias[batch], logsumexp[batch]
+        )
+        mass = _of(query_mass, batch)
+        upstream = _upstream(gradient[batch], output[batch], mass)
+        for rows, buffers in blocks:
+            weights = torch.bmm(right[:, rows], left.mT, out=buffers[0]).exp_()
+            sums = torch.bmm(weights, upstream)
+            to_value[batch, rows] = sums[..., :width]
+            factors = [value[batch, rows], value.new_full((*sums.shape[:2], 1), -1.0)]
+            excess = (sums[..., :width] * factors[0]).sum(-1) - sums[..., width]
+            if mass is None:
+                to_bias[batch, rows] = excess
+            else:
+                factors.append(-excess[..., None])
+                to_query_bias[batch] -= torch.bmm(excess[:, None], weights).squeeze(1) * mass
+            inner = torch.bmm(torch.cat(factors, -1), upstream.mT, out=buffers[1]).mul_(weights)
+            to_key[batch, rows] = torch.bmm(inner, query[batch])
+            to_query[batch].baddbmm_(inner.mT, key[batch, rows])
     return to_query.mul_(scale), to_key.mul_(scale), to_value, to_bias, to_query_bias
+
+
+def _upstream(
+    gradient: Float[Tensor, "batch query dim"],
+    output: Float[Tensor, "batch query dim"],
+    query_mass: Float[Tensor, "batch query"] | None,
+) -> Float[Tensor, "batch query wide"]:
+    """What a block's weights are multiplied with, and the columns that ride along."""
+    columns = [gradient, (gradient * output).sum(-1, keepdim=True)]
+    return torch.cat(columns if query_mass is None else [*columns, query_mass[..., None]], -1)
 
 
 def _with_bias(
@@ -165,18 +177,28 @@ def _with_bias(
     return torch.cat(left, -1), torch.cat(right, -1)
 
 
-def _blocks(
+def _of(part: Tensor | None, batch: slice) -> Tensor | None:
+    return None if part is None else part[batch]
+
+
+Blocks = Iterator[tuple[slice, list[Float[Tensor, "group block column"]]]]
+
+
+def _groups(
     rows: Float[Tensor, "batch row dim"], columns: Float[Tensor, "batch column dim"], num_buffers=1
-) -> Iterator[tuple[slice, slice, list[Float[Tensor, "group block column"]]]]:
-    """Which part of the batch and of the rows to do next, and where to put rows by columns."""
+) -> Iterator[tuple[slice, Blocks]]:
+    """Parts of the batch, each with its blocks of rows and where to put rows by columns."""
     num_rows, num_columns = rows.shape[1], columns.shape[1]
     height = min(num_rows, max(_FEWEST_ROWS, _BLOCK_ENTRIES // max(1, num_columns)))
     depth = max(1, min(rows.shape[0], _BLOCK_ENTRIES // max(1, height * num_columns)))
     memory = [rows.new_empty(depth * height * num_columns) for _ in range(num_buffers)]
-    for first in range(0, rows.shape[0], depth):
-        batch = slice(first, min(first + depth, rows.shape[0]))
+
+    def blocks(size: int) -> Blocks:
         for top in range(0, num_rows, height):
             block = slice(top, min(top + height, num_rows))
-            shape = (batch.stop - first, block.stop - top, num_columns)
-            size = shape[0] * shape[1] * shape[2]
-            yield batch, block, [part[:size].view(shape) for part in memory]
+            shape = (size, block.stop - top, num_columns)
+            yield block, [part[: math.prod(shape)].view(shape) for part in memory]
+
+    for first in range(0, rows.shape[0], depth):
+        batch = slice(first, min(first + depth, rows.shape[0]))
+        yield batch, blocks(batch.stop - first)

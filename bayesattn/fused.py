@@ -65,7 +65,10 @@ def attention_with_key_bias(
         bias = torch.where(is_live, bias, 0.0)
         asking, asked, told = (part[None] for part in (query, key, value))
         output = folded_attention(asking, asked, told, bias[None], factor, float(dropout_p))[0]
-    return _unfold(torch.where(is_live[..., None], output, 0.0), batch)
+    # A mask that is not there costs no copy.
+    if key_bias is not None or key.shape[-2] == 0:
+        output = torch.where(is_live[..., None], output, 0.0)
+    return _unfold(output, batch)
 
 
 def attention_logsumexp(
@@ -140,7 +143,9 @@ def doubly_normalized_attention(
         mask.clamp(min=_LOWEST),
         factor,
     )
-    return _unfold(torch.where((has_keys & has_queries)[..., None], output, 0.0), batch)
+    if key_mask is not None or query_bias is not None or key.shape[-2] == 0:
+        output = torch.where((has_keys & has_queries)[..., None], output, 0.0)
+    return _unfold(output, batch)
 
 
 def _cast(*parts: Tensor) -> tuple[Tensor, ...]:
@@ -161,7 +166,8 @@ def _folded_bias(
     if bias is None:
         dtype = torch.promote_types(like.dtype, torch.float32)
         bias = torch.zeros(like.shape[:2], dtype=dtype, device=like.device)
-        return bias, torch.full_like(bias[:, :1], like.shape[1], dtype=torch.bool)
+        is_live = torch.full((len(like), 1), like.shape[1] > 0, device=like.device)
+        return bias, is_live
     bias = _fold(bias.to(torch.promote_types(like.dtype, torch.float32)), batch, 1)
     return bias, (bias > -torch.inf).any(-1, keepdim=True)
 

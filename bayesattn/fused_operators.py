@@ -141,16 +141,20 @@ def _accurate(part: Tensor) -> Tensor:
     return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
+def _padded(part: Tensor, width: int) -> Tensor:
+    return part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
+
+
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     width = max(query.shape[-1], value.shape[-1])
     # PyTorch's kernel wants one width; columns of zeros change nothing.
-    parts = [F.pad(part, (0, width - part.shape[-1]))[None] for part in (query, key, value)]
+    parts = [_padded(part, width)[:, None] for part in (query, key, value)]
     output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *parts, attn_mask=key_bias[None, :, None], scale=scale
+        *parts, attn_mask=key_bias[:, None, None], scale=scale
     )
-    return output[0, ..., : value.shape[-1]].contiguous(), total[0].contiguous()
+    return output[:, 0, :, : value.shape[-1]].contiguous(), total[:, 0].contiguous()
 
 
 # --- What autograd, vmap and recording need to know ----------------------------------------------

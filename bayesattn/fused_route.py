@@ -135,26 +135,26 @@ class FusedAttention:
         self, bias: Shaped[Tensor, "*_batch query"] | None = None
     ) -> Float[Tensor, "*_batch key"]:
         """Logsumexp over the queries that count, with a bias for each."""
-        query, key, query_bias, key_bias = self.logits
+        query, key, query_bias, key_bias, scale = self.logits
         counted = _sum(query_bias, bias, self._no_query)
-        total = attention_logsumexp(key, query, counted, scale=1.0)
+        total = attention_logsumexp(key, query, counted, scale=scale)
         return _total(total, key_bias)
 
     def over_keys(
         self, bias: Shaped[Tensor, "*_batch key"] | None = None
     ) -> Float[Tensor, "*_batch query"]:
         """Logsumexp over the keys that take part, with a bias for each."""
-        query, key, query_bias, key_bias = self.logits
+        query, key, query_bias, key_bias, scale = self.logits
         counted = _sum(key_bias, bias, self._no_key)
-        total = attention_logsumexp(query, key, counted, scale=1.0)
+        total = attention_logsumexp(query, key, counted, scale=scale)
         return _total(total, query_bias)
 
     def attend(self, component: Component) -> Float[Tensor, "*_batch query _value_dim"]:
         """Averages of the values under one softmax, times its share."""
-        query, key, _, key_bias = self.logits
+        query, key, _, key_bias, scale = self.logits
         bias = _sum(key_bias, component.key_bias, self._no_key)
         output = attention_with_key_bias(
-            query, key, self._values(), bias, scale=1.0, dropout_p=self.dropout_p
+            query, key, self._values(), bias, scale=scale, dropout_p=self.dropout_p
         )
         return output if component.weight is None else component.weight.to(output.dtype) * output
 
@@ -162,12 +162,12 @@ class FusedAttention:
         self, log_prior: Shaped[Tensor, "*_batch query"] | None = None
     ) -> Float[Tensor, "*_batch query _value_dim"]:
         """Averages of the values under doubly-normalized weights, which no key's bias changes."""
-        query, key, query_bias, _ = self.logits
+        query, key, query_bias, _, scale = self.logits
         if self.dropout_p > 0:
             return self.attend(Component(-self.over_queries(log_prior)))
         prior = _sum(query_bias, log_prior, self._no_query)
         return doubly_normalized_attention(
-            query, key, self._values(), prior, self._no_key, scale=1.0
+            query, key, self._values(), prior, self._no_key, scale=scale
         )
 
     def _values(self) -> Tensor:

@@ -22,16 +22,18 @@ class ReducedLogits(NamedTuple):
     """Logits as inner products with biases; None where there is no bias.
 
     Attributes:
-        query: What asks, with all scales in it.
+        query: What asks.
         key: What is asked.
         query_bias: Added to all logits of a query.
         key_bias: Added to all logits of a key.
+        scale: Factor of the inner products.
     """
 
     query: Float[Tensor, "*_batch query _dim"]
     key: Float[Tensor, "*_batch key _dim"]
     query_bias: Float[Tensor, "*_batch query"] | None = None
     key_bias: Float[Tensor, "*_batch key"] | None = None
+    scale: float = 1.0
 
 
 class Logits(nn.Module):
@@ -58,7 +60,8 @@ class Logits(nn.Module):
         reduced = self.reduce(query, key)
         if reduced is None:
             raise TypeError(f"{type(self).__name__} must define reduce or forward")
-        values = inner_products(reduced.query, reduced.key)
+        scaled = reduced.query if reduced.scale == 1.0 else reduced.query * reduced.scale
+        values = inner_products(scaled, reduced.key)
         if reduced.query_bias is not None:
             values = values + reduced.query_bias[..., :, None]
         return values if reduced.key_bias is None else values + reduced.key_bias[..., None, :]
@@ -78,9 +81,9 @@ class DotProduct(Logits):
     def reduce(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> ReducedLogits:
-        """Scale the queries."""
+        """Queries and keys as they are, with the scale."""
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return ReducedLogits(query * scale, key)
+        return ReducedLogits(query, key, scale=float(scale))
 
     def extra_repr(self) -> str:
         """The scale, where it was given."""

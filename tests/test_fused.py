@@ -115,6 +115,13 @@ def test_forbidden_keys(generator):
     assert (doubly[0, 0] == 0).all()
 
 
+def test_nothing_to_see(generator):
+    query, key, value, _ = operands(generator, 5, 0)
+    assert torch.equal(attention_with_key_bias(query, key, value), torch.zeros(2, 3, 5, 2))
+    assert torch.equal(doubly_normalized_attention(query, key, value), torch.zeros(2, 3, 5, 2))
+    assert (attention_logsumexp(query, key) == -torch.inf).all()
+
+
 def test_leading_axes_broadcast(generator):
     query, key, value, bias = operands(generator)
     shared = key[:1, :1], value[:, :1], bias[0, 0]
