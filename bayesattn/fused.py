@@ -57,6 +57,8 @@ def attention_with_key_bias(
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     query, key, value = (_fold(part, batch, 2) for part in (query, key, value))
     bias, is_live = _folded_bias(key_bias, key, batch)
+    if not query.numel() or not key.numel():
+        return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
     if query.device.type == "cpu" and dropout_p == 0:
         output = fused_operators.biased_attention(
             query, key, value, bias.clamp(min=_LOWEST), factor
@@ -66,7 +68,7 @@ def attention_with_key_bias(
         asking, asked, told = (part[None] for part in (query, key, value))
         output = folded_attention(asking, asked, told, bias[None], factor, float(dropout_p))[0]
     # A mask that is not there costs no copy.
-    if key_bias is not None or key.shape[-2] == 0:
+    if key_bias is not None:
         output = torch.where(is_live[..., None], output, 0.0)
     return _unfold(output, batch)
 
@@ -135,6 +137,8 @@ def doubly_normalized_attention(
     query, key, value = (_fold(part, batch, 2) for part in (query, key, value))
     mask, has_keys = _folded_bias(key_mask, key, batch)
     prior, has_queries = _folded_bias(query_bias, query, batch)
+    if not query.numel() or not key.numel():
+        return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
     output = fused_operators.doubly_normalized(
         query,
         key,
@@ -143,7 +147,7 @@ def doubly_normalized_attention(
         mask.clamp(min=_LOWEST),
         factor,
     )
-    if key_mask is not None or query_bias is not None or key.shape[-2] == 0:
+    if key_mask is not None or query_bias is not None:
         output = torch.where((has_keys & has_queries)[..., None], output, 0.0)
     return _unfold(output, batch)
 
