@@ -6,6 +6,7 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.models.attention_mixtures import AttentionMixture, VariancePrior
+from bayesattn.models.hybrid_attention import HybridAttention
 from bayesattn.models.keys_from_queries import KeysFromQueries
 from bayesattn.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from bayesattn.models.mixing import DirichletMixing, Mixing, NormMixing, UniformMixing
@@ -19,6 +20,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "DirichletMixing",
+    "HybridAttention",
     "KeysFromQueries",
     "Likelihood",
     "Mixing",

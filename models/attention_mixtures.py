@@ -27,7 +27,7 @@ from bayesattn.iterated_attention import log_shares
 from bayesattn.masking import masked_softmax
 from bayesattn.models.checks import check_settings
 from bayesattn.models.mixing import DirichletMixing, Mixing, NormMixing
-from bayesattn.models.mixture_problems import MixtureProblem, problem_plates, read_problem
+from bayesattn.models.mixture_problems import MixtureProblem, make_plates, read_problem, standing_in
 
 __all__ = ["AttentionMixture", "State", "VariancePrior"]
 
@@ -118,7 +118,7 @@ class AttentionMixture(ABC):
         masks = {"query_mask": query_mask, "key_mask": key_mask, "attn_mask": attn_mask}
         problem = self.read(queries, keys, values, **masks)
         query_plate = pyro.plate("query", problem.query.shape[-2], dim=-1)
-        with problem_plates(problem.shape):
+        with standing_in(make_plates(problem.shape)):
             state = self._sample_shared(problem)
             state |= self._sample(state, problem, query_plate)
             with query_plate:

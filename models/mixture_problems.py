@@ -1,7 +1,7 @@
 """What mixtures of queries and keys are given: their data, what may see what, and plates."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import pyro
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesattn.masking import combine_masks
 
-__all__ = ["MixtureProblem", "problem_plates", "read_problem"]
+__all__ = ["MixtureProblem", "make_plates", "read_problem", "standing_in"]
 
 # Names of the leading axes, from the right.
 _AXES = ("head", "batch")
@@ -98,11 +98,16 @@ def read_problem(
     return MixtureProblem(queries, keys, keys if values is None else values, visible)
 
 
+def make_plates(shape: tuple[int, ...]) -> list[pyro.plate]:
+    """Plates of the leading axes, ``batch`` and ``head``, left of one more plate."""
+    sizes = enumerate(reversed(shape))
+    return [pyro.plate(_AXES[axis], size, dim=-2 - axis) for axis, size in sizes][::-1]
+
+
 @contextlib.contextmanager
-def problem_plates(shape: tuple[int, ...]) -> Iterator[None]:
-    """Stand in plates of the leading axes, ``batch`` and ``head``, left of one more plate."""
+def standing_in(plates: Sequence[pyro.plate]) -> Iterator[None]:
+    """Stand in all of some plates."""
     with contextlib.ExitStack() as stack:
-        for axis in reversed(range(len(shape))):
-            size = shape[len(shape) - 1 - axis]
-            stack.enter_context(pyro.plate(_AXES[axis], size, dim=-2 - axis))
+        for plate in plates:
+            stack.enter_context(plate)
         yield
