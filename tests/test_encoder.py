@@ -13,6 +13,7 @@ from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
 from bayesattn.functional import attention_weights
 from bayesattn.layer_masks import is_causal_mask
 from bayesattn.multihead import MultiheadAttention
+from bayesattn.normalizations import DoublyNormalized
 from tests.compilation import in_one_graph
 
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN = 2, 5, 6, 3, 11
@@ -165,7 +166,7 @@ def test_a_causal_mask_is_known_for_what_it_is(generator):
     padding=st.integers(1, 3),
     content=st.sampled_from([0.0, 1e3, -1e6]),
     norm_first=st.booleans(),
-    normalization=st.sampled_from([None, Columns]),
+    normalization=st.sampled_from([None, Columns, DoublyNormalized]),
 )
 def test_padding_never_matters(seed, length, padding, content, norm_first, normalization):
     generator = torch.Generator().manual_seed(seed)
@@ -252,3 +253,13 @@ def test_errors():
     layer = layer_of(TransformerEncoderLayer)
     with pytest.raises(ValueError, match="attn_mask: expected 'query key'"):
         layer(torch.zeros(BATCH, LENGTH, WIDTH), src_mask=torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("kind", ["hint", "mask"])
+def test_causal_masks_with_a_normalization_over_queries_are_refused(kind, generator):
+    layer = layer_of(TransformerEncoderLayer, normalization=DoublyNormalized(), batch_first=True)
+    encoder = TransformerEncoder(layer, 2)
+    tokens = torch.randn(BATCH, LENGTH, WIDTH, generator=generator)
+    masks = {"is_causal": True} if kind == "hint" else {"mask": LATER}
+    with pytest.raises(ValueError, match="expected CausalDoublyNormalized or Softmax"):
+        encoder(tokens, **masks)

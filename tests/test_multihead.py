@@ -16,6 +16,7 @@ from bayesattn.attention_choices import own_choice
 from bayesattn.functional import attention, attention_weights
 from bayesattn.masking import masked_softmax
 from bayesattn.multihead import MultiheadAttention
+from bayesattn.normalizations import DoublyNormalized, HybridNormalized
 from tests.compilation import in_one_graph
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 5, 7, 6
@@ -295,7 +296,15 @@ def test_choices_reach_the_function(need_weights, generator):
     content=st.sampled_from([0.0, 1e4, -1e8]),
     is_float=st.booleans(),
     batch_first=st.booleans(),
-    normalization=st.sampled_from([None, Columns, lambda: Columns().forward]),
+    normalization=st.sampled_from(
+        [
+            None,
+            Columns,
+            DoublyNormalized,
+            lambda: HybridNormalized(HEADS),
+            lambda: Columns().forward,
+        ]
+    ),
     variant=st.sampled_from(["plain", "learned key"]),
 )
 def test_padding_never_matters_in_self_attention(
