@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bayesattn import fused_operators
+from bayesattn import fused_gradients
 from bayesattn.folding import folded_attention, folded_logsumexp
 from bayesattn.masking import autocast_type
 
@@ -60,7 +60,7 @@ def attention_with_key_bias(
     if not query.numel() or not key.numel():
         return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
     if query.device.type == "cpu" and dropout_p == 0:
-        output = fused_operators.biased_attention(
+        output = fused_gradients.biased_attention(
             query, key, value, bias.clamp(min=_LOWEST), factor
         )
     else:
@@ -93,7 +93,7 @@ def attention_logsumexp(
     bias, is_live = _folded_bias(key_bias, key, batch)
     if query.device.type == "cpu":
         finite = None if key_bias is None else bias.clamp(min=_LOWEST)
-        result = fused_operators.logsumexp(query.to(bias.dtype), key.to(bias.dtype), finite, factor)
+        result = fused_gradients.logsumexp(query.to(bias.dtype), key.to(bias.dtype), finite, factor)
     else:
         bias = torch.where(is_live, bias, 0.0)
         result = folded_logsumexp(query[None], key[None], bias[None], factor)[0]
@@ -139,7 +139,7 @@ def doubly_normalized_attention(
     prior, has_queries = _folded_bias(query_bias, query, batch)
     if not query.numel() or not key.numel():
         return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
-    output = fused_operators.doubly_normalized(
+    output = fused_gradients.doubly_normalized(
         query,
         key,
         value,

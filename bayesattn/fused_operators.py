@@ -1,73 +1,37 @@
-"""Fused attention on the CPU as operators of PyTorch's: differentiable, one node in a graph each.
+"""Fused attention on the CPU, and its gradients, as operators: one node in a graph each.
 
 Tensors are "batch sequence dim". A recorded or compiled graph does not see the blocks inside, and
 under ``torch.func.vmap`` the mapped axis joins the batch, so that the graph's size does not depend
-on how many particles there are. They have no second derivatives, and say so.
+on how many particles there are. :mod:`bayesattn.fused_gradients` tells autograd of them.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from bayesattn import blockwise
 
-__all__ = ["biased_attention", "doubly_normalized", "logsumexp"]
+__all__ = [
+    "attention_gradient_operator",
+    "biased_attention_operator",
+    "doubly_normalized_operator",
+    "logsumexp_gradient_operator",
+    "logsumexp_operator",
+]
 
 _LOWEST = -1e30
-_NO_SECOND = "fused attention has no second derivatives; attention(..., route='dense') has them"
-
-
-def logsumexp(
-    query: Float[Tensor, "batch query dim"],
-    key: Float[Tensor, "batch key dim"],
-    key_bias: Float[Tensor, "batch key"] | None,
-    scale: float,
-) -> Float[Tensor, "batch query"]:
-    """Logsumexp of each query's logits; see :func:`bayesattn.blockwise.blockwise_logsumexp`."""
-    return _LogSumExp.apply(query, key, key_bias, scale)  # pyright: ignore[reportReturnType]
-
-
-def biased_attention(
-    query: Float[Tensor, "batch query dim"],
-    key: Float[Tensor, "batch key dim"],
-    value: Float[Tensor, "batch key value_dim"],
-    key_bias: Float[Tensor, "batch key"],
-    scale: float,
-) -> Float[Tensor, "batch query value_dim"]:
-    """Attention whose logits have a finite bias for each key."""
-    output, _ = _BiasedAttention.apply(query, key, value, key_bias, scale)
-    return output
-
-
-def doubly_normalized(
-    query: Float[Tensor, "batch query dim"],
-    key: Float[Tensor, "batch key dim"],
-    value: Float[Tensor, "batch key value_dim"],
-    query_bias: Float[Tensor, "batch query"] | None,
-    key_mask: Float[Tensor, "batch key"],
-    scale: float,
-) -> Float[Tensor, "batch query value_dim"]:
-    """Attention normalized over queries, where the query bias counts, and then over keys.
-
-    The mask is zero, or very low where a key takes no part.
-    """
-    inputs = (query, key, value, query_bias, key_mask, scale)
-    output, _, _ = _DoublyNormalizedAttention.apply(*inputs)
-    return output
 
 
 @torch.library.custom_op("bayesattn::logsumexp", mutates_args=(), device_types="cpu")
-def _logsumexp(query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+def logsumexp_operator(query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
     """Logsumexp of each query's logits; see :func:`bayesattn.blockwise.blockwise_logsumexp`."""
     return blockwise.blockwise_logsumexp(query, key, key_bias, scale)
 
 
 @torch.library.custom_op("bayesattn::logsumexp_gradient", mutates_args=(), device_types="cpu")
-def _logsumexp_gradient(
+def logsumexp_gradient_operator(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -75,11 +39,12 @@ def _logsumexp_gradient(
     total: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`bayesattn.blockwise.logsumexp_gradient`."""
     return blockwise.logsumexp_gradient(gradient, query, key, key_bias, total, scale)
 
 
 @torch.library.custom_op("bayesattn::biased_attention", mutates_args=(), device_types="cpu")
-def _biased_attention(
+def biased_attention_operator(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention whose logits have a finite bias for each key, and its logsumexp."""
@@ -87,7 +52,7 @@ def _biased_attention(
 
 
 @torch.library.custom_op("bayesattn::doubly_normalized", mutates_args=(), device_types="cpu")
-def _doubly_normalized(
+def doubly_normalized_operator(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,7 +71,7 @@ def _doubly_normalized(
 
 
 @torch.library.custom_op("bayesattn::attention_gradient", mutates_args=(), device_types="cpu")
-def _attention_gradient(
+def attention_gradient_operator(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -118,6 +83,7 @@ def _attention_gradient(
     is_doubly_normalized: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`bayesattn.blockwise.attention_gradient`."""
     mass = None
     if is_doubly_normalized:
         mass = (total if query_bias is None else total + query_bias).exp()
@@ -160,26 +126,26 @@ def _flash(
 # --- What autograd, vmap and recording need to know ----------------------------------------------
 
 
-@_logsumexp.register_fake
+@logsumexp_operator.register_fake
 def _(query: Tensor, _key: Tensor, _bias: Tensor | None, _scale: float) -> Tensor:
     return query.new_empty(query.shape[:2])
 
 
-@_logsumexp_gradient.register_fake
+@logsumexp_gradient_operator.register_fake
 def _(
     _gradient: Tensor, query: Tensor, key: Tensor, _bias: Tensor | None, _total: Tensor, _s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), key.new_empty(key.shape[:2])
 
 
-@_biased_attention.register_fake
+@biased_attention_operator.register_fake
 def _(
     query: Tensor, _key: Tensor, value: Tensor, key_bias: Tensor, _scale: float
 ) -> tuple[Tensor, Tensor]:
     return _empty_results(query, value, key_bias)
 
 
-@_doubly_normalized.register_fake
+@doubly_normalized_operator.register_fake
 def _(
     query: Tensor,
     _key: Tensor,
@@ -191,7 +157,7 @@ def _(
     return *_empty_results(query, value, key_bias), torch.empty_like(key_bias)
 
 
-@_attention_gradient.register_fake
+@attention_gradient_operator.register_fake
 def _(
     _gradient: Tensor,
     query: Tensor,
@@ -238,120 +204,10 @@ def _joined(part: Tensor, axis: int | None, size: int) -> Tensor:
 
 
 for _operator in (
-    _logsumexp,
-    _logsumexp_gradient,
-    _biased_attention,
-    _doubly_normalized,
-    _attention_gradient,
+    logsumexp_operator,
+    logsumexp_gradient_operator,
+    biased_attention_operator,
+    doubly_normalized_operator,
+    attention_gradient_operator,
 ):
     _join_batch(_operator)
-
-
-class _LogSumExp(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
-        return _logsumexp(query, key, key_bias, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        inputs = (gradient, *ctx.saved_tensors, ctx.scale)
-        slopes = _first_derivative(_LogSumExpGradient, _logsumexp_gradient, inputs)
-        has_bias = ctx.saved_tensors[2] is not None
-        return *slopes[:2], slopes[2] if has_bias else None, None
-
-
-class _BiasedAttention(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        return _biased_attention(query, key, value, key_bias, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple:
-        inputs = (gradient, *ctx.saved_tensors, None, False, ctx.scale)
-        slopes = _first_derivative(_AttentionGradient, _attention_gradient, inputs)
-        return *slopes[:4], None
-
-
-class _DoublyNormalizedAttention(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_bias: Tensor | None,
-        key_bias: Tensor,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _doubly_normalized(query, key, value, query_bias, key_bias, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        query, key, value, query_bias, _, ctx.scale = inputs
-        result, total, key_bias = output
-        ctx.save_for_backward(query, key, value, key_bias, result, total, query_bias)
-        ctx.mark_non_differentiable(total, key_bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple:
-        inputs = (gradient, *ctx.saved_tensors, True, ctx.scale)
-        slopes = _first_derivative(_AttentionGradient, _attention_gradient, inputs)
-        has_bias = ctx.saved_tensors[6] is not None
-        return *slopes[:3], slopes[4] if has_bias else None, None, None
-
-
-def _first_derivative(function: type[Function], operator: Any, inputs: tuple) -> tuple:
-    # The compiler follows no function inside another's backward, and needs no derivative of it.
-    if torch.compiler.is_compiling():
-        return operator(*inputs)
-    return function.apply(*inputs)  # pyright: ignore[reportReturnType]
-
-
-class _LogSumExpGradient(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _logsumexp_gradient(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError(_NO_SECOND)
-
-
-class _AttentionGradient(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _attention_gradient(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError(_NO_SECOND)

@@ -227,9 +227,11 @@ def test_operators_keep_their_contract(generator):
     from bayesattn import fused_operators as operators
 
     with torch.no_grad():
-        torch.library.opcheck(operators._logsumexp, (query, key, bias, 0.5))
-        torch.library.opcheck(operators._biased_attention, (query, key, value, bias, 0.5))
-        torch.library.opcheck(operators._doubly_normalized, (query, key, value, None, bias, 0.5))
+        torch.library.opcheck(operators.logsumexp_operator, (query, key, bias, 0.5))
+        torch.library.opcheck(operators.biased_attention_operator, (query, key, value, bias, 0.5))
+        torch.library.opcheck(
+            operators.doubly_normalized_operator, (query, key, value, None, bias, 0.5)
+        )
 
 
 @pytest.mark.compile
