@@ -98,7 +98,8 @@ def attention(
         key, value = _repeat_heads(key, batch[-1]), _repeat_heads(value, batch[-1])
     normalization = None if isinstance(normalization, Softmax) else normalization
     is_plain = logits is None and normalization is None
-    is_stock = is_plain and _takes_stock(route, query, key, batch)
+    has_pairs = attn_mask is not None or is_causal
+    is_stock = is_plain and _takes_stock(route, query, key, batch, has_pairs)
     only_causal = is_causal and attn_mask is None and key_mask is None
     # The fused kernels know this one mask better than any tensor could tell them.
     causal_kernel = is_stock and only_causal
@@ -220,10 +221,12 @@ def _repeat_heads(part: Tensor, num_heads: int) -> Tensor:
     return part.repeat_interleave(num_heads // part.shape[-3], dim=-3)
 
 
-def _takes_stock(route: str, query: Tensor, key: Tensor, batch: tuple[int, ...]) -> bool:
-    """Whether softmax goes to PyTorch's own fused attention."""
+def _takes_stock(
+    route: str, query: Tensor, key: Tensor, batch: tuple[int, ...], has_pairs: bool
+) -> bool:
+    """Whether softmax goes to PyTorch's own fused attention, which vmap unrolls."""
     if route != "auto":
-        return route == "fused"
+        return route == "fused" and (has_pairs or not inside_transform())
     copied_to_no_gain = key.shape[:-2] != batch and query.shape[-2] < query.shape[-1]
     return not (copied_to_no_gain or inside_transform())
 

@@ -313,13 +313,16 @@ def test_auto_takes_the_fused_route_where_it_serves(generator):
     # One query, or some, against keys that all heads share: of those, only one is cheaper dense.
     assert not uses_fused(attention, query[:, :, :1], key[:, :1], value[:, :1])
     assert uses_fused(attention, query, key[:, :1], value[:, :1])
-    assert uses_fused(vmap(lambda *p: attention(*p, route="fused")), query, key, value)
+    causal = {"route": "fused", "is_causal": True}
+    assert uses_fused(vmap(lambda *p: attention(*p, **causal)), query, key, value)
 
 
-def test_the_recorded_graph_does_not_grow_with_the_particles(generator):
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_recorded_graph_does_not_grow_with_the_particles(route, generator):
     def nodes(num_particles):
         parts = operands(generator, batch=(num_particles, 2))
-        return len(make_fx(vmap(lambda *p: attention(*p).sum()))(*parts).graph.nodes)
+        function = vmap(grad(lambda *p: attention(*p, route=route).sum()))
+        return len(make_fx(function)(*parts).graph.nodes)
 
     assert nodes(2) == nodes(11)
 
