@@ -31,3 +31,22 @@ def test_quickstart_writes_its_pictures_and_posteriors(tmp_path):
     # Guessing is right in one of seven.
     assert len(accuracies) == 4
     assert min(accuracies) > 0.8, result.stdout
+
+
+@pytest.mark.slow
+def test_mixture_says_what_is_equal_and_what_is_not(tmp_path):
+    script = ROOT / "examples" / "attention_as_mixture.py"
+    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["attention_as_mixture.png"]
+    lines = result.stdout.splitlines()
+    identities = [float(line.split()[-1]) for line in lines if " attention" in line and ":" in line]
+    assert len(identities) >= 3
+    assert max(identities[:3]) < 1e-12
+    climbed, stuck = (line for line in lines if line.startswith(("EM climbs", "and from the eq")))
+    ends = [float(end.rstrip(",")) for end in climbed.split("densities")[1].split()]
+    assert min(ends) > float(stuck.split()[-1]) + 10
+    # Chains that keep to an order of their own agree once there is but one order.
+    as_they_are, in_one_order = (float(x.split()[-1]) for x in lines if "worst R-hat" in x)
+    assert as_they_are > in_one_order + 0.1
