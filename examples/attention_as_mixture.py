@@ -141,8 +141,8 @@ def draw(mass, em, matched, chances, key):
         axes[0, 0].hist(logs, bins=45, range=(-3.5, 1.0), alpha=0.6, label=name, color=color)
     axes[0, 0].axvline(-torch.tensor(mass["softmax"].shape[-1]).log10(), color="k", ls=":")
     axes[0, 0].set(xlabel="log10 of the attention that a key gets", ylabel="keys")
-    axes[0, 0].set_title("No key is explained away (dotted: the bound)")
-    axes[0, 0].legend(frameon=False)
+    axes[0, 0].set_title("Doubly normalized explains no key away (dotted: bound)")
+    axes[0, 0].legend(frameon=False, loc="upper left")
 
     axes[0, 1].plot(em.optimization["log_density"].T.cpu())
     axes[0, 1].set(xlabel="step of EM", ylabel="log joint density, in nats")

@@ -176,6 +176,19 @@ def test_restarts_are_drawn_from_the_prior(generator):
     close(curve[0, 0], LEARNED.log_density(state, *data).sum())
 
 
+def test_restarts_have_the_spread_of_the_prior(generator):
+    """Mutant: starts that are uniform on the real line."""
+    data = make_problem(generator)
+    em = EM(KeysFromQueries(center_scale=0.01), compile="none")
+    first, *others = em.init(em.log_density(*data), 3, None, generator).runs
+    assert torch.equal(first["center"], data[0])
+    for state in others:
+        shift = (state["center"] - data[0]) / 0.01
+        # Of 330 entries; to five standard errors.
+        assert abs(shift.mean()) < 5 / 330**0.5
+        assert abs(shift.std() - 1) < 5 / 660**0.5
+
+
 def test_a_start_of_ones_own(generator):
     data = make_problem(generator)
     state = step(LEARNED, LEARNED.initial_state(*data), data, {})
