@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bayesattn.functional import attention, attention_weights
+from bayesattn.fused_route import FusedAttention
 from bayesattn.logits import DotProduct, GaussianLogits
 from bayesattn.normalizations import (
     CausalDoublyNormalized,
@@ -228,6 +229,39 @@ def test_padding_never_matters(seed, padded, content, key):
             short = attention(*parts, **masks, **settings)
             long = attention(*grown, **longer, **settings)
             torch.testing.assert_close(F.pad(short, (0, 0, 0, padded)), long)
+
+
+# PyTorch scripts its own decompositions where forward mode is used first.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_mode_takes_the_dense_route(generator):
+    """At a size where the fused one would serve."""
+    query, key, value = (part[:1, :1] for part in operands(generator, 260, 256))
+    choice, tangent = DoublyNormalized(), torch.randn(query.shape, generator=generator)
+
+    def function(route):
+        return lambda q: attention(q, key, value, normalization=choice, route=route)
+
+    results = [torch.func.jvp(function(route), (query,), (tangent,)) for route in ("auto", "dense")]
+    torch.testing.assert_close(*results)
+    with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+        torch.func.jvp(function("fused"), (query,), (tangent,))
+
+
+def test_auto_is_fused_for_many_and_dense_for_few(generator, monkeypatch):
+    taken = []
+    fused = FusedAttention.attend_doubly_normalized
+    monkeypatch.setattr(
+        FusedAttention,
+        "attend_doubly_normalized",
+        lambda self, *args: taken.append(self.logits.query.shape[-2]) or fused(self, *args),
+    )
+    settings = {"normalization": DoublyNormalized()}
+    for size in (5, 300):
+        parts = [part[:1, :1] for part in operands(generator, size, size)]
+        attention(*parts, **settings)
+        attention(*parts, **settings, attn_mask=torch.ones(size, size, dtype=torch.bool))
+        attention(*parts, **settings, logits=lambda q, k: q @ k.mT)
+    assert taken == [300]
 
 
 def test_grouped_heads(generator):
