@@ -75,7 +75,10 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     on_gpu = any(tensor.device.type == "cuda" for tensor in inputs)
     # Sizes and strides are those of the recording: no need to look at each call.
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
-    if on_gpu:
+    # On the CPU, what calls the loops is C++ too: Python there would take a tenth of a short step.
+    if all(tensor.device.type == "cpu" for tensor in inputs):
+        options["cpp_wrapper"] = True
+    elif on_gpu:
         options["triton.cudagraphs"] = True
     try:
         # The compiler warns of its own use of torch, which is none of the caller's concern.

@@ -36,7 +36,7 @@ class RecordingError(ValueError):
 
 
 class RecordedGraph:
-    """A recorded function, called like the function itself.
+    """A recorded function, called like the function itself; autograd does not see what it does.
 
     Attributes:
         module: The graph and its constants.
@@ -44,8 +44,7 @@ class RecordedGraph:
 
     def __init__(self, module: GraphModule, pinned: Sequence[Tensor]):
         self.module = module
-        # Bound once: a module's call machinery costs as much as some operations.
-        self._forward = module.forward
+        self._forward: Callable[..., Any] = self._recorded
         self._pinned = [(tensor, tensor._version) for tensor in pinned if not tensor.is_inference()]
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -54,8 +53,14 @@ class RecordedGraph:
 
     def compile(self, inputs: Sequence[Tensor]) -> "RecordedGraph":
         """Replay machine code from now on, made for inputs like these."""
+        # Turns autograd off by itself.
         self._forward = compiled(self.module, inputs)
         return self
+
+    def _recorded(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            # Not the module itself, whose call machinery costs as much as some operations.
+            return self.module.forward(*inputs)
 
     @property
     def is_current(self) -> bool:
