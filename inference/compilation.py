@@ -69,6 +69,7 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     Nothing that belongs to the process stays changed: neither random state nor the validation of
     distributions, which the compiler turns off.
     """
+    from torch._dynamo.eval_frame import innermost_fn
     from torch._inductor import compile as inductor_compile
 
     validates = Distribution._validate_args
@@ -89,6 +90,8 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
             run: Any = inductor_compile(copy.copy(module), examples, options=options)
     finally:
         Distribution.set_default_validate_args(validates)
+    # Without what keeps TorchDynamo out at each call: nothing that calls this is traced by it.
+    run = innermost_fn(run)
     return _copying(run) if on_gpu else run
 
 

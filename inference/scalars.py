@@ -1,6 +1,7 @@
 """Numbers that change at each step, as a tensor that a graph takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ class Scalars:
 
     def __init__(self) -> None:
         self._tensor = torch.empty(0, dtype=torch.float64)
-        self._memory = memoryview(self._tensor.numpy())
+        self._memory: Any = self._tensor.numpy().data
 
     def __call__(self, numbers: Sequence[float], like: Tensor) -> Float[Tensor, " number"]:
         """The numbers on a tensor's device.
@@ -31,7 +32,7 @@ class Scalars:
             return found.to(like.device, non_blocking=True)
         if len(numbers) != len(self._memory):
             self._tensor = torch.empty(len(numbers), dtype=torch.float64)
-            self._memory = memoryview(self._tensor.numpy())
+            self._memory = self._tensor.numpy().data
         for place, number in enumerate(numbers):
             self._memory[place] = number
         return self._tensor
