@@ -4,11 +4,13 @@ A graph is compiled as a whole, by Inductor, without TorchDynamo: it is already 
 be, and no guards stand between a step and its graph.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,13 +19,16 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-__all__ = ["Compile", "Mode", "compiled", "missing_compiler", "resolved_mode"]
+__all__ = ["Compile", "Mode", "compiled", "missing_compiler", "resolved_mode", "silent"]
 
 Compile = Literal["auto", "none", "record", "inductor"]
 Mode = Literal["none", "record", "inductor"]
 
 # Compiling takes some 5 to 20 s, and saves .2 to 5 ms a step.
 _FEWEST_STEPS = 5000
+
+# Where the compiler tells of operations that it calls by way of Python.
+_COMPILER_LOG = logging.getLogger("torch._inductor.ir")
 
 
 def resolved_mode(choice: Compile, device: torch.device, num_steps: int | None = None) -> Mode:
@@ -76,14 +81,19 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     on_gpu = any(tensor.device.type == "cuda" for tensor in inputs)
     # Sizes and strides are those of the recording: no need to look at each call.
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
-    # On the CPU, what calls the loops is C++ too: Python there would take a tenth of a short step.
-    if all(tensor.device.type == "cpu" for tensor in inputs):
-        options["cpp_wrapper"] = True
-    elif on_gpu:
+    if on_gpu:
         options["triton.cudagraphs"] = True
+    elif _suits_cpp(module, inputs):
+        # What calls the loops is C++ too: Python there would take a tenth of a short step.
+        options["cpp_wrapper"] = True
     try:
         # The compiler warns of its own use of torch, which is none of the caller's concern.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            silent(_COMPILER_LOG),
+        ):
             warnings.simplefilter("ignore")
             examples: list[Any] = [tensor.detach() for tensor in inputs]
             # Its passes may write into the graph.
@@ -93,6 +103,28 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     # Without what keeps TorchDynamo out at each call: nothing that calls this is traced by it.
     run = innermost_fn(run)
     return _copying(run) if on_gpu else run
+
+
+@contextlib.contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger say nothing for a while."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _suits_cpp(module: GraphModule, inputs: Sequence[Tensor]) -> bool:
+    """Whether a graph does the same when C++ calls its operations.
+
+    Random numbers may be other ones there, and errors of linear algebra lose type and text.
+    """
+    operations = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    is_random = any(torch.Tag.nondeterministic_seeded in getattr(o, "tags", ()) for o in operations)
+    may_fail = torch.ops.aten._linalg_check_errors.default in operations
+    on_cpu = all(tensor.device.type == "cpu" for tensor in inputs)
+    return on_cpu and not is_random and not may_fail
 
 
 def _copying(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,10 +4,9 @@ The function runs with fake tensors, so recording costs no memory of the data's 
 decision on a tensor's value is met and refused rather than silently frozen into the graph.
 """
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayesattn.inference.compilation import compiled
+from bayesattn.inference.compilation import compiled, silent
 from bayesattn.inference.simplification import simplify
 
 __all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
@@ -143,7 +142,7 @@ def _trace(
     no tensor that is met on the way is written later; those are returned too.
     """
     try:
-        with _silent(_FAKE_TENSOR_LOG):
+        with silent(_FAKE_TENSOR_LOG):
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
     except (DynamicOutputShapeException, GuardOnDataDependentSymNode):
         reads = _ScalarReads()
@@ -199,15 +198,6 @@ class _ScalarReads(TorchDispatchMode):
                 return function(*inputs)
 
         return watched
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _selectors(node: Node) -> list[Node]:
