@@ -119,7 +119,7 @@ def test_compiling_leaves_no_trace(generator):
 @pytest.mark.compile
 def test_random_numbers_of_a_compiled_graph_are_those_of_the_recorded_one(generator):
     x = torch.randn(7, generator=generator)
-    graph = record(lambda x: (x + torch.rand(5, 1), x * torch.randn(7)), (x,))
+    graph = record(lambda x: (x + torch.rand(5, 1, dtype=torch.float32), x), (x,))
     machine = compiled(graph.module, [x])
     with torch.random.fork_rng(devices=[]):
         found, expected = (torch.manual_seed(3) and call(x) for call in (machine, graph))
