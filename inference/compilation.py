@@ -101,8 +101,7 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     finally:
         Distribution.set_default_validate_args(validates)
     # Without what keeps TorchDynamo out at each call: nothing that calls this is traced by it.
-    run = innermost_fn(run)
-    return _copying(run) if on_gpu else run
+    return _copying(run) if on_gpu else innermost_fn(run)
 
 
 @contextlib.contextmanager
