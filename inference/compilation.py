@@ -4,11 +4,13 @@ A graph is compiled as a whole, by Inductor, without TorchDynamo: it is already 
 be, and no guards stand between a step and its graph.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,13 +19,16 @@ from torch.distributions import Distribution
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-__all__ = ["Compile", "Mode", "compiled", "missing_compiler", "resolved_mode"]
+__all__ = ["Compile", "Mode", "compiled", "missing_compiler", "resolved_mode", "silent"]
 
 Compile = Literal["auto", "none", "record", "inductor"]
 Mode = Literal["none", "record", "inductor"]
 
 # Compiling takes some 5 to 20 s, and saves .2 to 5 ms a step.
 _FEWEST_STEPS = 5000
+
+# Where the compiler tells of operations that it calls by way of Python.
+_COMPILER_LOG = logging.getLogger("torch._inductor.ir")
 
 
 def resolved_mode(choice: Compile, device: torch.device, num_steps: int | None = None) -> Mode:
@@ -69,6 +74,7 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     Nothing that belongs to the process stays changed: neither random state nor the validation of
     distributions, which the compiler turns off.
     """
+    from torch._dynamo.eval_frame import innermost_fn
     from torch._inductor import compile as inductor_compile
 
     validates = Distribution._validate_args
@@ -77,16 +83,43 @@ def compiled(module: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any
     options: dict[str, Any] = {"fallback_random": True, "size_asserts": False}
     if on_gpu:
         options["triton.cudagraphs"] = True
+    elif _suits_cpp(module, inputs):
+        # What calls the loops is C++ too: Python there would take a tenth of a short step.
+        options["cpp_wrapper"] = True
     try:
         # The compiler warns of its own use of torch, which is none of the caller's concern.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            silent(_COMPILER_LOG),
+        ):
             warnings.simplefilter("ignore")
             examples: list[Any] = [tensor.detach() for tensor in inputs]
             # Its passes may write into the graph.
             run: Any = inductor_compile(copy.copy(module), examples, options=options)
     finally:
         Distribution.set_default_validate_args(validates)
-    return _copying(run) if on_gpu else run
+    # Without what keeps TorchDynamo out at each call: nothing that calls this is traced by it.
+    return _copying(run) if on_gpu else innermost_fn(run)
+
+
+@contextlib.contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger say nothing for a while."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _suits_cpp(module: GraphModule, inputs: Sequence[Tensor]) -> bool:
+    """Whether C++ may call a graph's operations: there, failing linear algebra says no more why."""
+    may_fail = any(
+        n.target is torch.ops.aten._linalg_check_errors.default for n in module.graph.nodes
+    )
+    return not may_fail and all(tensor.device.type == "cpu" for tensor in inputs)
 
 
 def _copying(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -137,7 +137,9 @@ class Evaluator:
             tensors: tuple[Tensor, ...], subsample: Mapping[str, Tensor], seed: int = 0
         ) -> tuple[Tensor, ...]:
             shared = self._shared(subsample, current_parameters(self._program))
-            with torch.no_grad(), self._noise(seed):
+            if not self._stochastic:
+                return graph(*tensors, *shared)
+            with self._noise(seed):
                 return graph(*tensors, *shared)
 
         return replay

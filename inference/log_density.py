@@ -186,7 +186,8 @@ class LogDensity:
         def call(
             tensors: tuple[Tensor, ...], subsample: Subsample | None = None
         ) -> tuple[Tensor, ...]:
-            return function(lambda rows: self.value_and_score(rows, subsample), *tensors)
+            with torch.no_grad():
+                return function(lambda rows: self.value_and_score(rows, subsample), *tensors)
 
         return call
 
@@ -309,6 +310,8 @@ class LogDensity:
 
     def _checked(self, subsample: Subsample | None) -> dict[str, Tensor]:
         given = {} if subsample is None else subsample
+        if not given and not self.program.subsamples:
+            return {}
         for name, (_, count) in self.program.subsamples.items():
             if name not in given:
                 raise ValueError(

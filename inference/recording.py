@@ -4,10 +4,9 @@ The function runs with fake tensors, so recording costs no memory of the data's 
 decision on a tensor's value is met and refused rather than silently frozen into the graph.
 """
 
-import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bayesattn.inference.compilation import compiled
+from bayesattn.inference.compilation import compiled, silent
 from bayesattn.inference.simplification import simplify
 
 __all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
@@ -36,7 +35,7 @@ class RecordingError(ValueError):
 
 
 class RecordedGraph:
-    """A recorded function, called like the function itself.
+    """A recorded function, called like the function itself; autograd does not see what it does.
 
     Attributes:
         module: The graph and its constants.
@@ -44,8 +43,7 @@ class RecordedGraph:
 
     def __init__(self, module: GraphModule, pinned: Sequence[Tensor]):
         self.module = module
-        # Bound once: a module's call machinery costs as much as some operations.
-        self._forward = module.forward
+        self._forward: Callable[..., Any] = self._recorded
         self._pinned = [(tensor, tensor._version) for tensor in pinned if not tensor.is_inference()]
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -54,8 +52,14 @@ class RecordedGraph:
 
     def compile(self, inputs: Sequence[Tensor]) -> "RecordedGraph":
         """Replay machine code from now on, made for inputs like these."""
+        # Turns autograd off by itself.
         self._forward = compiled(self.module, inputs)
         return self
+
+    def _recorded(self, *inputs: Tensor) -> Any:
+        with torch.no_grad():
+            # Not the module itself, whose call machinery costs as much as some operations.
+            return self.module.forward(*inputs)
 
     @property
     def is_current(self) -> bool:
@@ -138,7 +142,7 @@ def _trace(
     no tensor that is met on the way is written later; those are returned too.
     """
     try:
-        with _silent(_FAKE_TENSOR_LOG):
+        with silent(_FAKE_TENSOR_LOG):
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
     except (DynamicOutputShapeException, GuardOnDataDependentSymNode):
         reads = _ScalarReads()
@@ -194,15 +198,6 @@ class _ScalarReads(TorchDispatchMode):
                 return function(*inputs)
 
         return watched
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _selectors(node: Node) -> list[Node]:

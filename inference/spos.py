@@ -37,7 +37,8 @@ from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.stein import SVGDInfo
 from bayesattn.inference.step_loop import StepLoop
-from bayesattn.inference.svgd import SVGD, SVGDRun
+from bayesattn.inference.svgd import SVGD
+from bayesattn.inference.svgd_run import SVGDRun
 from bayesattn.kernels import Kernel, SiteKernel
 
 __all__ = ["SPOS", "SPOSState"]

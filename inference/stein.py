@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.inference.adam import AdamRule
 from bayesattn.inference.coordinates import Affine
 from bayesattn.inference.fingerprints import Same
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.optimizers import AdamRule, ScheduledOptimizer
+from bayesattn.inference.optimizers import ScheduledOptimizer
 from bayesattn.inference.particle_views import ParticleView
 from bayesattn.inference.running import Watched
+from bayesattn.inference.scalars import Scalars
 from bayesattn.inference.schedules import Number
 from bayesattn.kernels import Kernel, Terms
 
@@ -202,6 +204,7 @@ class Stepper:
     def __init__(self, density: LogDensity, view: ParticleView, kernel: Kernel):
         self.density, self.view, self.kernel = density, view, kernel
         self._graphs: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
+        self._scalars = Scalars()
 
     def __call__(
         self,
@@ -219,28 +222,26 @@ class Stepper:
             temperature: T.
             progress: In [0, 1], for the optimizer's schedule.
         """
-        working, outside, rule = state.working.detach(), state.outside, state.optimizer.rule
-        is_moved = outside.requires_grad
+        working, outside, metric, optimizer = state
+        rule, is_moved = optimizer.rule, outside.requires_grad
         numbers, moments = [float(temperature)], []
         if rule is not None:
-            moments = state.optimizer.moments()
-            numbers += state.optimizer.coefficients(rule, progress)
-        scalars = torch.tensor(numbers, dtype=working.dtype)
-        scalars = scalars.to(working.device, non_blocking=True)
-        tensors = (working, outside.detach(), *state.metric, scalars, *moments)
-        key = (rule, is_moved, state.metric.is_diagonal)
+            moments = optimizer.moments()
+            numbers += optimizer.coefficients(rule, progress)
+        tensors = (working, outside, *metric, self._scalars(numbers, working), *moments)
+        key = (rule, is_moved, metric.is_diagonal)
         if key not in self._graphs:
             self._graphs[key] = self._graph(rule, is_moved, tensors, subsample)
         figures = self._graphs[key](tensors, subsample)
         if rule is None:
-            state.working.grad = -figures[5]
+            working.grad = -figures[5]
             if is_moved:
                 outside.grad = -figures[6]
-            state.optimizer.step(progress)
+            optimizer.step(progress)
             # Not kept alive through the next step.
-            state.working.grad = outside.grad = None
+            working.grad = outside.grad = None
         else:
-            state.optimizer.accept(figures[5:])
+            optimizer.accept(figures[5:])
         log_density, stein_norm, bandwidth, total, columns = figures[:5]
         return SVGDInfo(log_density, stein_norm, bandwidth, Watched(total, columns))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bayesattn.inference.optimizers import AdamRule
+from bayesattn.inference.adam import AdamRule
 from bayesattn.inference.recording import record
 from bayesattn.inference.stein import direction
 from bayesattn.kernels import IMQ, median_squared_distance

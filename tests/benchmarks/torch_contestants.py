@@ -57,7 +57,7 @@ def routine(problem: Problem, num_particles: int, mode: str) -> SVGD:
 
 
 def ours_step(problem: Problem, num_particles: int, mode: str) -> Callable[[], Tensor]:
-    """One step at each call, which returns the particles."""
+    """One step at each call, which returns the particles of its one run."""
     svgd = routine(problem, num_particles, mode)
     return step_of(svgd, svgd.log_density(*problem.data), problem.starts(num_particles))
 
@@ -70,7 +70,7 @@ def step_of(svgd: SVGD, density: LogDensity, start: Tensor) -> Callable[[], Tens
 
     def step() -> Tensor:
         svgd.step(state, stepper, generator)
-        return state.working.detach()[0]
+        return state.working
 
     return step
 

@@ -1,5 +1,8 @@
 """Compiled graphs: the same numbers as recorded ones, and nothing left behind in the process."""
 
+import logging
+import logging.handlers
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,6 +11,7 @@ from torch.distributions import Distribution
 
 from bayesattn.inference import NUTS, SPOS, SVGD, SVI, DensitySettings, LogDensity, compilation
 from bayesattn.inference.compilation import compiled, resolved_mode
+from bayesattn.inference.recording import record
 
 CPU = torch.device("cpu")
 QUIET = {"seed": 0, "progress": False}
@@ -110,6 +114,40 @@ def test_compiling_leaves_no_trace(generator):
     (found,) = compiled(module, [x])(x)
     torch.testing.assert_close(found, x.sin() + 1)
     assert Distribution._validate_args == validates
+
+
+@pytest.mark.compile
+def test_random_numbers_of_a_compiled_graph_are_those_of_the_recorded_one(generator):
+    x = torch.randn(7, generator=generator)
+    graph = record(lambda x: (x + torch.rand(5, 1, dtype=torch.float32), x), (x,))
+    machine = compiled(graph.module, [x])
+    with torch.random.fork_rng(devices=[]):
+        found, expected = (torch.manual_seed(3) and call(x) for call in (machine, graph))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.compile
+def test_a_compiled_graph_fails_as_the_recorded_one():
+    graph = record(lambda x: (torch.linalg.cholesky(x),), (torch.eye(3),))
+    machine = compiled(graph.module, [torch.eye(3)])
+    for call in (graph, machine):
+        with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+            call(-torch.eye(3))
+
+
+@pytest.mark.compile
+def test_the_compiler_does_not_tell_of_what_it_calls_by_way_of_python(generator):
+    x = torch.randn(7, 3, generator=generator)
+    told = logging.handlers.BufferingHandler(capacity=100)
+    logger = logging.getLogger("torch._inductor.ir")
+    logger.addHandler(told)
+    try:
+        graph = record(lambda x: (x.median(0).values.sin(),), (x,)).compile([x])
+    finally:
+        logger.removeHandler(told)
+    torch.testing.assert_close(graph(x)[0], x.median(0).values.sin())
+    assert told.buffer == []
+    assert not logger.disabled
 
 
 @pytest.mark.parametrize(
