@@ -138,6 +138,7 @@ def difference_figure(study: Study, found: Findings) -> Figure:
             )
         axes.set_title(f"{metric} ({study.metrics[metric]} is better)", fontsize=10)
         axes.set_xlabel(f"difference from {study.baseline}", fontsize=9)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(tasks)), tasks, fontsize=10)
         axes.tick_params(axis="x", labelsize=8)
         axes.tick_params(axis="y", length=0)
