@@ -35,10 +35,11 @@ def python_blocks(text: str) -> list[Block]:
 
 @pytest.fixture
 def as_a_reader_runs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Run in an empty folder and with torch's own default dtype."""
+    """Run in an empty folder, with torch's own default dtype and a random state to spend."""
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    yield
+    with torch.random.fork_rng(devices=[]):
+        yield
     torch.set_default_dtype(torch.float64)
 
 
