@@ -23,9 +23,6 @@ from bayesattn.normalizations.protocol import Component, Normalization
 
 __all__ = ["FusedAttention", "attend_fused", "is_fusible", "reduce_logits", "takes_fused"]
 
-# Below so many logits for each head the dense formula is faster.
-_FEWEST_LOGITS = 256 * 256
-
 
 def takes_fused(
     route: str,
@@ -48,7 +45,8 @@ def takes_fused(
         if obstacle:
             raise ValueError(f"route: expected 'dense' {obstacle}, got 'fused'")
         return True
-    is_large = query.shape[-2] * key.shape[-2] >= _FEWEST_LOGITS
+    choice = normalization if isinstance(normalization, Normalization) else Softmax
+    is_large = query.shape[-2] * key.shape[-2] >= choice.fewest_fused_logits
     # With dropout PyTorch's kernels on the CPU form the weights too.
     forms_weights = dropout_p > 0 and query.device.type == "cpu"
     return is_large and not (obstacle or forms_weights or _has_tangent(query, key))

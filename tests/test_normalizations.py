@@ -256,12 +256,12 @@ def test_auto_is_fused_for_many_and_dense_for_few(generator, monkeypatch):
         lambda self, *args: taken.append(self.logits.query.shape[-2]) or fused(self, *args),
     )
     settings = {"normalization": DoublyNormalized()}
-    for size in (5, 300):
+    for size in (5, 400):
         parts = [part[:1, :1] for part in operands(generator, size, size)]
         attention(*parts, **settings)
         attention(*parts, **settings, attn_mask=torch.ones(size, size, dtype=torch.bool))
         attention(*parts, **settings, logits=lambda q, k: q @ k.mT)
-    assert taken == [300]
+    assert taken == [400]
 
 
 def test_grouped_heads(generator):

@@ -53,6 +53,7 @@ class Softmax(Normalization):
     """Over the keys alone: the posterior of which key generated a query."""
 
     mixes_queries = False
+    fewest_fused_logits = 256 * 256
 
     def components(self, sums: LogSums) -> Sequence[Component]:
         """One softmax without a bias."""
@@ -70,6 +71,8 @@ class DoublyNormalized(Normalization):
     Attributes:
         log_prior: "head query", starting at zero, or None.
     """
+
+    fewest_fused_logits = 384 * 384
 
     def __init__(self, num_heads: int | None = None, num_queries: int | None = None):
         super().__init__()

@@ -111,10 +111,13 @@ class Normalization(nn.Module):
             must be told, and a single query is a special case.
         is_causal: Whether it sees to causality itself. One that mixes queries and does not would
             leak the future under a causal mask.
+        fewest_fused_logits: From so many pairs of a query and a key in each head on, ``auto`` takes
+            fused attention; below, the dense formula is faster.
     """
 
     mixes_queries: bool = True
     is_causal: bool = False
+    fewest_fused_logits: int = 640 * 640
 
     def components(self, sums: LogSums) -> Sequence[Component] | None:
         """The softmaxes that rows are made of, or None where there is only the dense formula."""

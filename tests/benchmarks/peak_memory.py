@@ -20,11 +20,12 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
     Memory from before the call whose last use is within it counts to the end of it.
     """
-    tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        # Within, so that what the profiler's own start allocates is not counted.
+        tracemalloc.start()
         function()
-    numpy_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+        numpy_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     # In the order of time; the sort is stable, so events of one instant keep theirs.
