@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bayesattn import inference as inference
     from bayesattn import kernels as kernels
     from bayesattn import models as models
+    from bayesattn import networks as networks
     from bayesattn import normalizations as normalizations
     from bayesattn import plots as plots
     from bayesattn.attention_diagnostics import attention_statistics as attention_statistics
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
     from bayesattn.multihead import MultiheadAttention as MultiheadAttention
+    from bayesattn.structured_pooling import StructuredSelfAttention as StructuredSelfAttention
 
     __version__: str
 
 __all__ = [
     "MultiheadAttention",
+    "StructuredSelfAttention",
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "__version__",
@@ -43,12 +46,14 @@ __all__ = [
     "kernels",
     "layer_statistics",
     "models",
+    "networks",
     "normalizations",
     "plots",
 ]
 
 _MODULE_OF = {
     "MultiheadAttention": "bayesattn.multihead",
+    "StructuredSelfAttention": "bayesattn.structured_pooling",
     "TransformerEncoder": "bayesattn.encoder",
     "TransformerEncoderLayer": "bayesattn.encoder",
     "attention": "bayesattn.functional",
