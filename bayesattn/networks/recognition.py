@@ -25,11 +25,11 @@ _BUILT_IN = {
     "torch.nn.modules.activation.MultiheadAttention": LayerKind(multihead_layout),
     "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(pooling_layout),
 }
-_registered: dict[type[nn.Module], LayerKind] = {}
+_registered: dict[type, LayerKind] = {}
 
 
 def register_attention_layer(
-    cls: type[nn.Module], describe: Callable[[Any], HeadLayout | None]
+    cls: type, describe: Callable[[Any], HeadLayout | None]
 ) -> None:
     """Make a layer of one's own, and its subclasses, known.
 
@@ -53,7 +53,7 @@ def register_attention_layer(
     Raises:
         ValueError: If ``cls`` is not a class of modules.
     """
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not issubclass(cls, nn.Module):
         raise ValueError(f"cls: expected a class of modules, got {cls!r}")
     _registered[cls] = LayerKind(describe)
 
