@@ -22,7 +22,8 @@ from bayesattn.contraction import inner_products
 from bayesattn.functional import attention_weights
 from bayesattn.fused_route import FusedAttention, is_fusible, reduce_logits
 from bayesattn.masking import Masks, combine_masks
-from bayesattn.multihead import MultiheadAttention
+from bayesattn.networks.attention_call import AttentionCall
+from bayesattn.networks.taps import watch_attention
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Normalization, mixture
 
@@ -118,7 +119,7 @@ def attention_statistics(
 
 @contextmanager
 def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics]]:
-    """Collect the statistics of every :class:`bayesattn.MultiheadAttention` of a model.
+    """Collect the statistics of every attention layer that :mod:`bayesattn.networks` knows.
 
     Within the context each call of a layer puts its statistics into the dictionary, under the
     layer's name; the last call counts. Nothing is left on the modules::
@@ -130,25 +131,18 @@ def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics
     Raises:
         ValueError: If the model has no such layer.
     """
-    found = {
-        name: part for name, part in model.named_modules() if isinstance(part, MultiheadAttention)
-    }
-    if not found:
-        raise ValueError("model: expected layers of bayesattn.MultiheadAttention, found none")
-    names = {layer: name for name, layer in found.items()}
     statistics: dict[str, AttentionStatistics] = {}
 
-    def keep(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        del output
-        inputs = layer.attention_inputs(*args, **kwargs)
-        statistics[names[layer]] = attention_statistics(inputs.query, inputs.key, **inputs.settings)
+    def keep(name: str, call: AttentionCall) -> None:
+        statistics[name] = attention_statistics(call.query, call.key, **call.settings)
 
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in found.values()]
-    try:
+    with watch_attention(model, keep) as layers:
+        if not layers:
+            raise ValueError(
+                "model: expected attention layers, such as layers of "
+                "bayesattn.MultiheadAttention, found none"
+            )
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _blocks_of_weights(

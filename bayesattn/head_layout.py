@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["append_position", "merge_heads", "project", "sequence_sizes", "split_heads"]
+__all__ = ["append_positions", "merge_heads", "project", "sequence_sizes", "split_heads"]
 
 
 def project(
@@ -59,13 +59,20 @@ def merge_heads(
     return heads.flatten(2)
 
 
-def append_position(
-    heads: Float[Tensor, "batch head sequence dim"], features: Float[Tensor, "*_axes _feature"]
-) -> Float[Tensor, "batch head one_more dim"]:
-    """Append the same features to every sequence, after its last position."""
-    batch, num_heads, _, dim = heads.shape
-    last = features.to(heads.dtype).reshape(num_heads, 1, dim).expand(batch, -1, -1, -1)
-    return torch.cat([heads, last], -2)
+def append_positions(
+    key: Float[Tensor, "_batch _head _key _dim"],
+    value: Float[Tensor, "_batch _head _key _dim"],
+    bias_k: Float[Tensor, "..."] | None,
+    bias_v: Float[Tensor, "..."] | None,
+    *,
+    add_zero_attn: bool,
+) -> tuple[Float[Tensor, "_batch _head _more _dim"], Float[Tensor, "_batch _head _more _dim"]]:
+    """Append what a layer appends to every sequence: a learned key and value, and then zeros."""
+    if bias_k is not None and bias_v is not None:
+        key, value = _append_position(key, bias_k), _append_position(value, bias_v)
+    if add_zero_attn:
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    return key, value
 
 
 def sequence_sizes(
@@ -104,3 +111,9 @@ def sequence_sizes(
     if len(set(batches)) > 1 or lengths[1] != lengths[2]:
         raise ValueError(f"key: expected query's batch, and a value for each key, got {got}")
     return batches[0], lengths[0], lengths[1]
+
+
+def _append_position(heads: Tensor, features: Tensor) -> Tensor:
+    batch, num_heads, _, dim = heads.shape
+    last = features.to(heads.dtype).reshape(num_heads, 1, dim).expand(batch, -1, -1, -1)
+    return torch.cat([heads, last], -2)

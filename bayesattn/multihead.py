@@ -23,7 +23,13 @@ from bayesattn.attention_choices import (
 )
 from bayesattn.contraction import weighted_sums
 from bayesattn.functional import attention, attention_weights
-from bayesattn.head_layout import append_position, merge_heads, project, sequence_sizes, split_heads
+from bayesattn.head_layout import (
+    append_positions,
+    merge_heads,
+    project,
+    sequence_sizes,
+    split_heads,
+)
 from bayesattn.layer_masks import LayerShape, attention_masks
 
 __all__ = ["AttentionInputs", "MultiheadAttention"]
@@ -313,11 +319,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         projected = project(query, key, value, weights, self.in_proj_bias)
         settings = {"num_heads": self.num_heads, "batch_first": self.batch_first}
         query, key, value = (split_heads(part, **settings) for part in projected)
-        if self.bias_k is not None and self.bias_v is not None:
-            key, value = append_position(key, self.bias_k), append_position(value, self.bias_v)
-        if self.add_zero_attn:
-            zeros = key.new_zeros(self.embed_dim)
-            key, value = append_position(key, zeros), append_position(value, zeros)
+        key, value = append_positions(
+            key, value, self.bias_k, self.bias_v, add_zero_attn=self.add_zero_attn
+        )
         return query, key, value
 
     def _output(self, heads: Tensor, is_batched: bool) -> Tensor:

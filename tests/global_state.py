@@ -26,6 +26,7 @@ def snapshot() -> dict[str, Any]:
         "torch's deterministic mode": torch.get_deterministic_debug_mode(),
         "torch's cuDNN flags": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
         "torch's matmul precision": torch.get_float32_matmul_precision(),
+        "torch's shortcut past attention": torch.backends.mha.get_fastpath_enabled(),
         "torch's random state": torch.get_rng_state(),
         "numpy's random state": np.random.get_state(),
         "numpy's error handling": np.geterr(),

@@ -1,18 +1,23 @@
-"""Attention layers of any network: found, and their heads seen as particles."""
+"""Attention layers of any network: found, their heads seen as particles, their calls recorded."""
 
+from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.head_slices import ROLES, HeadLayout, HeadSlice, ProjectionSlices
 from bayesattn.networks.layers import AttentionLayer, attention_layers, head_partitions
 from bayesattn.networks.partition import HeadPartition
 from bayesattn.networks.recognition import register_attention_layer
+from bayesattn.networks.taps import attention_calls, watch_attention
 
 __all__ = [
     "ROLES",
+    "AttentionCall",
     "AttentionLayer",
     "HeadLayout",
     "HeadPartition",
     "HeadSlice",
     "ProjectionSlices",
+    "attention_calls",
     "attention_layers",
     "head_partitions",
     "register_attention_layer",
+    "watch_attention",
 ]

@@ -6,6 +6,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from bayesattn.networks.head_slices import ROLES, HeadLayout
+from bayesattn.networks.huggingface_layouts import HUGGING_FACE
+from bayesattn.networks.layer_taps import (
+    Observe,
+    Watch,
+    hooked,
+    pooling_call,
+    watch_multihead,
+    watch_own_multihead,
+)
 from bayesattn.networks.torch_layouts import multihead_layout, pooling_layout
 
 __all__ = ["LayerKind", "describe_layer", "layer_kind", "register_attention_layer"]
@@ -16,20 +25,29 @@ class LayerKind(NamedTuple):
 
     Attributes:
         describe: Where a layer keeps its heads; None where a module turns out to be no layer.
+        watch: Records its calls; None where it calls Hugging Face's registry of attention.
     """
 
     describe: Callable[[Any], HeadLayout | None]
+    watch: Watch | None = None
 
 
+# By name, for what is not ours need not be loaded.
 _BUILT_IN = {
-    "torch.nn.modules.activation.MultiheadAttention": LayerKind(multihead_layout),
-    "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(pooling_layout),
+    "torch.nn.modules.activation.MultiheadAttention": LayerKind(multihead_layout, watch_multihead),
+    "bayesattn.multihead.MultiheadAttention": LayerKind(multihead_layout, watch_own_multihead),
+    "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(
+        pooling_layout, hooked(pooling_call)
+    ),
+    **{name: LayerKind(describe) for name, describe in HUGGING_FACE.items()},
 }
 _registered: dict[type, LayerKind] = {}
 
 
 def register_attention_layer(
-    cls: type, describe: Callable[[Any], HeadLayout | None]
+    cls: type,
+    describe: Callable[[Any], HeadLayout | None],
+    observe: Observe | None = None,
 ) -> None:
     """Make a layer of one's own, and its subclasses, known.
 
@@ -49,13 +67,15 @@ def register_attention_layer(
     Args:
         cls: Class of the layer.
         describe: From a layer to where its heads stand; or None, if this one is not to be found.
+        observe: From a layer, its arguments by place and by name, and its output to what it handed
+            to attention. Layers that call Hugging Face's attention interface need none.
 
     Raises:
         ValueError: If ``cls`` is not a class of modules.
     """
     if not issubclass(cls, nn.Module):
         raise ValueError(f"cls: expected a class of modules, got {cls!r}")
-    _registered[cls] = LayerKind(describe)
+    _registered[cls] = LayerKind(describe, None if observe is None else hooked(observe))
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:

@@ -1,0 +1,160 @@
+"""The tap of Hugging Face's models, which all hand their attention to one registry of functions.
+
+While it is open, the models' configurations name a function that calls the one in force and records
+what it was handed; the mask function goes by the new name too, for without one padding would be
+ignored. transformers is never imported: a model of theirs has done that.
+"""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesattn.networks.attention_call import AttentionCall, Record
+
+__all__ = ["watch_interface"]
+
+AttentionFunction = Callable[..., Any]
+_block = itertools.count()
+# What some models add to the logits or the softmax, and the settings of a call cannot say.
+_NOT_UNDERSTOOD = ("position_bias", "softcap", "s_aux")
+
+
+@contextmanager
+def watch_interface(records: Mapping[nn.Module, Record]) -> Iterator[None]:
+    """Record the calls of attention by any of some modules.
+
+    Args:
+        records: Modules that may call attention, and what takes their calls.
+
+    Raises:
+        ValueError: If an implementation takes masks of another kind than "eager" and "sdpa" do.
+    """
+    configs = {id(config): config for config in map(_config, records) if config is not None}
+    if not configs:
+        yield
+        return
+    block = next(_block)
+    with ExitStack() as stack:
+        for config in configs.values():
+            stack.enter_context(_renamed(config, f"observed {block}", records))
+        yield
+
+
+@contextmanager
+def _renamed(config: Any, prefix: str, records: Mapping[nn.Module, Record]) -> Iterator[None]:
+    """Put a function that records in the place of the one that a configuration names."""
+    functions = sys.modules["transformers.modeling_utils"].AttentionInterface
+    masks = sys.modules["transformers.masking_utils"].AttentionMaskInterface
+    before = config._attn_implementation
+    implementation = before or "eager"
+    function = functions().get(implementation)
+    kind = getattr(function, "implementation", implementation)
+    _check_implementation(kind, function)
+    name = f"{prefix} {implementation}"
+    functions.register(name, _observed(function, kind, records))
+    if implementation in masks():
+        masks.register(name, masks()[implementation])
+    # By the empty key, so that the configurations within this one stay.
+    config._attn_implementation = {"": name}
+    try:
+        yield
+    finally:
+        if config._attn_implementation == name:
+            config._attn_implementation = {"": before}
+        for interface in (functions, masks):
+            interface._global_mapping.pop(name, None)
+
+
+def _config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation") else None
+
+
+def _check_implementation(implementation: str, function: AttentionFunction | None) -> None:
+    own = not getattr(function, "__module__", "transformers").startswith("transformers")
+    if implementation not in ("eager", "sdpa") and (function is None or not own):
+        raise ValueError(
+            "model: expected the attention implementation eager, sdpa or one's own, got "
+            f"{implementation}; model.set_attn_implementation('sdpa') changes it"
+        )
+
+
+def _observed(
+    function: AttentionFunction | None, implementation: str, records: Mapping[nn.Module, Record]
+) -> AttentionFunction:
+    def observed(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        attend = _eager(module) if function is None else function
+        result = attend(module, query, key, value, attention_mask, **kwargs)
+        if module in records:
+            settings = _settings(module, (query, key), attention_mask, kwargs, implementation)
+            heads = result[0].transpose(1, 2)
+            records[module](AttentionCall(query, key, value, heads, settings))
+        return result
+
+    # For blocks within blocks, which see the name of this function and not of the one beneath.
+    observed.implementation = implementation  # pyright: ignore[reportFunctionMemberAccess]
+    return observed
+
+
+def _eager(module: nn.Module) -> AttentionFunction:
+    """Return what a module calls where its configuration says "eager", which is not registered."""
+    if getattr(module, "reorder_and_upcast_attn", False):
+        # GPT-2's second way, which it takes under this one name only.
+        return lambda module, query, key, value, mask, **_: module._upcast_and_reordered_attn(
+            query, key, value, mask
+        )
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(
+        f"model: found no eager_attention_forward beside {type(module).__name__}; "
+        "model.set_attn_implementation('sdpa') does without"
+    )
+
+
+def _settings(
+    module: nn.Module,
+    queries_and_keys: tuple[Tensor, Tensor],
+    mask: Any,
+    kwargs: dict[str, Any],
+    implementation: str,
+) -> dict[str, Any]:
+    for name in _NOT_UNDERSTOOD:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__}: attention with {name} cannot be recorded")
+    query, key = queries_and_keys
+    is_causal = False
+    if mask is None and implementation != "eager" and query.shape[-2] > 1:
+        hint = kwargs.get("is_causal")
+        is_causal = bool(getattr(module, "is_causal", True) if hint is None else hint)
+    return {
+        "attn_mask": _forbidding(mask, key.shape[-2]),
+        "is_causal": is_causal,
+        "scale": kwargs.get("scaling"),
+        "enable_gqa": key.shape[1] != query.shape[1],
+    }
+
+
+def _forbidding(mask: Any, num_keys: int) -> Tensor | None:
+    """Mask with minus infinity for the lowest number, which is theirs for what is forbidden."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise ValueError(f"attention mask: expected 'batch head query key', got {type(mask)}")
+    mask = mask[..., :num_keys]
+    if mask.dtype == torch.bool:
+        return mask
+    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
