@@ -189,11 +189,11 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
-def test_floor_below_loads_no_pyro() -> None:
+def test_floor_below_loads_neither_pyro_nor_foreign_networks() -> None:
     names = [module_name(p) for p in package_files("bayesattn") if p.stem != "__main__"]
-    program = f"import sys, {', '.join(names)}; print('pyro' in sys.modules)"
-    done = in_fresh_process(program)
-    assert done.stdout.strip() == "False", done.stderr
+    heavy = "{'pyro', 'transformers'} & set(sys.modules)"
+    done = in_fresh_process(f"import sys, {', '.join(names)}; print({heavy})")
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 @pytest.mark.parametrize("name", ["inference", "models"])
