@@ -23,14 +23,25 @@ def own_choice(
     choice: object,
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
+    num_heads: int,
+    head_dim: int,
 ) -> Any:
     """Copy a module for one layer's use, where and of what type that is; a function stays itself.
 
     Raises:
-        ValueError: If it cannot be called.
+        ValueError: If it cannot be called, or says that it is for other heads.
     """
     if choice is not None and not callable(choice):
         raise ValueError(f"{name}: expected something to call, or None, got {choice!r}")
+    if isinstance(choice, type):
+        raise ValueError(f"{name}: expected an object, such as {choice.__name__}(), got the class")
+    for size, expected in (("num_heads", num_heads), ("dim", head_dim)):
+        got = getattr(choice, size, None)
+        if got not in (None, expected):
+            raise ValueError(
+                f"{name}: expected {size}={expected} for a layer of {num_heads} heads of width "
+                f"{head_dim}, got {size}={got}"
+            )
     if isinstance(choice, nn.Module):
         return copy.deepcopy(choice).to(device=device, dtype=dtype)
     return choice

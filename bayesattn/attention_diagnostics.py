@@ -9,6 +9,7 @@ Source:
     Ding et al. (2020), Attention that does not explain away, arXiv:2009.14308.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
 from bayesattn.contraction import inner_products
 from bayesattn.functional import attention_weights
 from bayesattn.fused_route import FusedAttention, is_fusible, reduce_logits
-from bayesattn.masking import Masks, combine_masks
+from bayesattn.masking import Masks, combine_masks, with_infinities
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.taps import watch_attention
 from bayesattn.normalizations.columns import Softmax
@@ -50,9 +51,19 @@ class AttentionStatistics(NamedTuple):
     key_mask: Bool[Tensor, "*batch head key"]
 
     def explained_away_rate(self, threshold: float = 0.1) -> Float[Tensor, "*batch head"]:
-        """Part of the keys that receive less than a threshold; NaN where there is no key."""
-        below = (self.column_mass < threshold) & self.key_mask
-        return below.sum(-1) / self.key_mask.sum(-1).to(self.column_mass.dtype)
+        """Part of the keys that receive less than a threshold; NaN where there is no key.
+
+        A mass that is NaN makes the rate NaN.
+
+        Raises:
+            ValueError: If the threshold is not positive.
+        """
+        if not threshold > 0.0:
+            raise ValueError(f"threshold: expected a positive number, got {threshold}")
+        below = (self.column_mass < threshold).to(self.column_mass.dtype)
+        below = torch.where(self.column_mass.isnan(), torch.nan, below)
+        counted = torch.where(self.key_mask, below, 0.0)
+        return counted.sum(-1) / self.key_mask.sum(-1).to(counted.dtype)
 
     def effective_attended_keys(self) -> Float[Tensor, "*batch head"]:
         """Over how many keys a query spreads its attention, the mean of exp(entropy)."""
@@ -91,6 +102,9 @@ def attention_statistics(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    if attn_mask is not None:
+        attn_mask = with_infinities(attn_mask) if mixes_queries(normalization) else attn_mask
+        batch = torch.broadcast_shapes(batch, attn_mask.shape[:-2])
     given: dict[str, Any] = {
         "attn_mask": attn_mask,
         "query_mask": query_mask,
@@ -143,6 +157,12 @@ def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics
                 "bayesattn.MultiheadAttention, found none"
             )
         yield statistics
+    if not statistics:
+        warnings.warn(
+            "layer_statistics: no layer was called within the context; code that was compiled "
+            "before does not notice hooks, so compile it anew within the context, or not at all",
+            stacklevel=3,
+        )
 
 
 def _blocks_of_weights(

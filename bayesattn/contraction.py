@@ -12,9 +12,10 @@ import string
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ["inner_products", "inside_transform", "weighted_sums"]
+__all__ = ["has_tangent", "inner_products", "inside_transform", "weighted_sums"]
 
 
 def inner_products(
@@ -36,6 +37,16 @@ def inside_transform() -> bool:
     # PyTorch has no public name for this; the compiler traces this private one.
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()  # pyright: ignore[reportAttributeAccessIssue]
     return depth > 0
+
+
+def has_tangent(*parts: Tensor | nn.Module | object | None) -> bool:
+    """Whether forward-mode differentiation goes on by a tensor, or a parameter of a module."""
+    if torch.compiler.is_compiling():
+        return False
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    for part in parts:
+        tensors += part.parameters() if isinstance(part, nn.Module) else ()
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _contract_batched(

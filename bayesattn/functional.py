@@ -17,18 +17,25 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
-from bayesattn.contraction import inner_products, inside_transform, weighted_sums
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
+from bayesattn.contraction import (
+    has_tangent,
+    inner_products,
+    inside_transform,
+    weighted_sums,
+)
 from bayesattn.fused_route import attend_fused, reduce_logits, takes_fused
 from bayesattn.masking import (
     Masks,
     autocast_type,
     combine_masks,
-    is_lower_triangle,
+    is_readable,
+    leaks_future,
     masked_softmax,
+    with_infinities,
 )
 from bayesattn.normalizations.columns import Softmax
-from bayesattn.normalizations.protocol import Normalization
+from bayesattn.shape_messages import shapes_of
 
 __all__ = ["attention", "attention_weights"]
 
@@ -62,7 +69,8 @@ def attention(
         query: What asks.
         key: What is asked, as wide as the queries.
         value: What is averaged, one for each key.
-        attn_mask: Boolean; or float, added to the logits, where minus infinity forbids.
+        attn_mask: Boolean; or float, added to the logits, where minus infinity forbids. For
+            normalizations over queries, in which a key's bias cancels, so does all below -10⁴.
         query_mask: "*batch query", without the head axis: which queries are not padding.
         key_mask: "*batch key", without the head axis: which keys are not padding.
         is_causal: On top of the masks, query i sees keys 0 to i only.
@@ -85,7 +93,9 @@ def attention(
 
     Raises:
         ValueError: If shapes, types or masks do not fit together, the route cannot be taken, or a
-            normalization over queries would leak the future under a causal mask.
+            normalization over queries would leak the future under a mask that shows no query a
+            later key. In compiled code that is a RuntimeError; under ``torch.func`` masks are not
+            looked at.
 
     Warns:
         UserWarning: If a normalization over queries meets a single query, whose weights are then
@@ -93,10 +103,13 @@ def attention(
     """
     batch = _check(query, key, value, enable_gqa)
     _check_choices(route, dropout_p, scale, logits)
-    _check_normalization(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
+    attn_mask = _mask_for(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
     if enable_gqa:
         key, value = _repeat_heads(key, batch[-1]), _repeat_heads(value, batch[-1])
     normalization = None if isinstance(normalization, Softmax) else normalization
+    if route == "auto" and has_tangent(query, key, value, attn_mask, logits, normalization):
+        # Fused kernels have no forward mode.
+        route = "dense"
     is_plain = logits is None and normalization is None
     has_pairs = attn_mask is not None or is_causal
     is_stock = is_plain and _takes_stock(route, query, key, batch, has_pairs)
@@ -147,7 +160,7 @@ def attention_weights(
     """
     batch = _check(query, key, None, enable_gqa)
     _check_choices("dense", 0.0, scale, logits)
-    _check_normalization(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
+    attn_mask = _mask_for(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
     masks = combine_masks(
         (*batch, query.shape[-2], key.shape[-2]),
         attn_mask=attn_mask,
@@ -175,7 +188,8 @@ def _dense_weights(
     else:
         values = logits(query, key)
     if masks.bias is not None:
-        values = values + masks.bias.to(query.dtype)
+        # In a narrower type what was finite must not become infinite.
+        values = values + masks.bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     pairs = masks.pairs()
     if normalization is None:
         return masked_softmax(values, pairs)
@@ -233,32 +247,36 @@ def _takes_stock(
 
 def _check(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> tuple[int, ...]:
     parts = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    got = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
     fewest = 3 if enable_gqa else 2
     if any(part.ndim < fewest for part in parts.values()):
-        raise ValueError(f"attention: expected at least {fewest} axes, got {got}")
+        raise ValueError(f"attention: expected at least {fewest} axes, got {shapes_of(parts)}")
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(f"attention: query and key must have one width, got {got}")
+        raise ValueError(f"attention: query and key must have one width, got {shapes_of(parts)}")
     if value is not None and key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"attention: every key needs its value, got {got}")
+        raise ValueError(f"attention: every key needs its value, got {shapes_of(parts)}")
     if len({part.dtype for part in parts.values()}) > 1 and autocast_type(query) is None:
         names = ", ".join(f"{name} {part.dtype}" for name, part in parts.items())
         raise ValueError(f"attention: expected one type, got {names}")
     shapes = [tuple(part.shape[:-2]) for part in parts.values()]
     if enable_gqa:
-        shapes = _shapes_of_groups(shapes, got)
+        shapes = _shapes_of_groups(shapes, parts)
     try:
         torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        raise ValueError(f"attention: leading axes must broadcast, got {got}") from None
+        raise ValueError(
+            f"attention: leading axes must broadcast, got {shapes_of(parts)}"
+        ) from None
     return tuple(torch.broadcast_shapes(*shapes[:2]))
 
 
-def _shapes_of_groups(shapes: list[tuple[int, ...]], got: str) -> list[tuple[int, ...]]:
+def _shapes_of_groups(
+    shapes: list[tuple[int, ...]], parts: dict[str, Tensor]
+) -> list[tuple[int, ...]]:
     num_heads, *fewer = (shape[-1] for shape in shapes)
     if len(set(fewer)) > 1 or num_heads % fewer[0]:
         raise ValueError(
-            f"enable_gqa: query heads must be a multiple of the heads of key and value, got {got}"
+            "enable_gqa: query heads must be a multiple of the heads of key and value, got "
+            f"{shapes_of(parts)}"
         )
     return [(*shape[:-1], num_heads) for shape in shapes]
 
@@ -277,26 +295,39 @@ def _check_choices(
         raise ValueError(f"scale: with logits= it belongs to those, got {scale}")
 
 
-def _check_normalization(
+def _mask_for(
     normalization: NormalizationFunction | None,
     is_causal: bool,
     attn_mask: Tensor | None,
     num_queries: int,
     num_keys: int,
-) -> None:
-    if not isinstance(normalization, Normalization) or not normalization.mixes_queries:
-        return
-    name = type(normalization).__name__
+) -> Tensor | None:
+    """The mask as a normalization needs it, if it can do with such a mask at all."""
+    if normalization is None or not mixes_queries(normalization):
+        return attn_mask
+    attn_mask = None if attn_mask is None else with_infinities(attn_mask)
+    if not hasattr(normalization, "mixes_queries"):
+        # A function that does not say may be one over keys alone.
+        return attn_mask
+    name = getattr(normalization, "__name__", type(normalization).__name__)
     if num_queries == 1 and num_keys > 1:
         warnings.warn(
             f"{name} normalizes over queries, and of a single one all weights are alike: it gives "
             "the plain mean of the values",
             stacklevel=3,
         )
-    if normalization.is_causal:
-        return
-    if (is_causal and num_queries > 1) or is_lower_triangle(attn_mask, num_queries, num_keys):
-        raise ValueError(
-            f"normalization: {name} normalizes over queries, so under a causal mask each query "
-            "would learn of later ones; expected CausalDoublyNormalized or Softmax"
-        )
+    if getattr(normalization, "is_causal", False):
+        return attn_mask
+    reason = (
+        f"normalization: {name} normalizes over queries, so under a causal mask each query "
+        "would learn of later ones; expected CausalDoublyNormalized or Softmax"
+    )
+    leaks = leaks_future(attn_mask, num_queries, num_keys)
+    if is_causal and num_queries > 1:
+        raise ValueError(reason)
+    if leaks is not None and attn_mask is not None:
+        if torch.compiler.is_compiling():
+            torch._assert_async(~leaks, reason)  # pyright: ignore[reportPrivateImportUsage]
+        elif is_readable(attn_mask) and leaks:
+            raise ValueError(reason)
+    return attn_mask

@@ -76,9 +76,11 @@ class _LogSumExp(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        inputs = (gradient, *ctx.saved_tensors, ctx.scale)
+        # Read once: activation checkpointing hands each tensor out a single time.
+        saved = ctx.saved_tensors
+        inputs = (gradient, *saved, ctx.scale)
         slopes = _first_derivative(_LogSumExpGradient, logsumexp_gradient_operator, inputs)
-        has_bias = ctx.saved_tensors[2] is not None
+        has_bias = saved[2] is not None
         return *slopes[:2], slopes[2] if has_bias else None, None
 
 
@@ -127,9 +129,10 @@ class _DoublyNormalizedAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple:
-        inputs = (gradient, *ctx.saved_tensors, True, ctx.scale)
+        saved = ctx.saved_tensors
+        inputs = (gradient, *saved, True, ctx.scale)
         slopes = _first_derivative(_AttentionGradient, attention_gradient_operator, inputs)
-        has_bias = ctx.saved_tensors[6] is not None
+        has_bias = saved[6] is not None
         return *slopes[:3], slopes[4] if has_bias else None, None, None
 
 

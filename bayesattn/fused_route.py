@@ -8,7 +8,6 @@ Memory is linear in the sequence: no weights are formed.
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.fused import (
@@ -49,7 +48,7 @@ def takes_fused(
     is_large = query.shape[-2] * key.shape[-2] >= choice.fewest_fused_logits
     # With dropout PyTorch's kernels on the CPU form the weights too.
     forms_weights = dropout_p > 0 and query.device.type == "cpu"
-    return is_large and not (obstacle or forms_weights or _has_tangent(query, key))
+    return is_large and not (obstacle or forms_weights)
 
 
 def is_fusible(
@@ -173,13 +172,6 @@ class FusedAttention:
     def _values(self) -> Tensor:
         assert self.value is not None
         return self.value
-
-
-def _has_tangent(*parts: Tensor) -> bool:
-    """Whether forward-mode differentiation goes on, which only the dense formula has."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(forward_ad.unpack_dual(part).tangent is not None for part in parts)
 
 
 def _log(mask: Tensor, dtype: torch.dtype) -> Tensor:

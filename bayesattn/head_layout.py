@@ -13,6 +13,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayesattn.shape_messages import shapes_of
+
 __all__ = ["append_positions", "merge_heads", "project", "sequence_sizes", "split_heads"]
 
 
@@ -96,12 +98,13 @@ def sequence_sizes(
     if nested:
         raise ValueError(
             f"{nested[0]}: expected a padded tensor, got a nested one; where PyTorch's encoder "
-            "makes those, pass it enable_nested_tensor=False"
+            "makes those, set encoder.use_nested_tensor = False"
         )
-    got = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
     for (name, part), width in zip(parts.items(), widths, strict=True):
         if part.ndim not in (2, 3) or part.ndim != query.ndim or part.shape[-1] != width:
-            raise ValueError(f"{name}: expected 2 or 3 axes as all, the last {width}, got {got}")
+            raise ValueError(
+                f"{name}: expected 2 or 3 axes as all, the last {width}, got {shapes_of(parts)}"
+            )
     if query.ndim == 2:
         batches, lengths = [None] * 3, [part.shape[0] for part in parts.values()]
     else:
@@ -109,7 +112,9 @@ def sequence_sizes(
         batches = [part.shape[batch_axis] for part in parts.values()]
         lengths = [part.shape[sequence_axis] for part in parts.values()]
     if len(set(batches)) > 1 or lengths[1] != lengths[2]:
-        raise ValueError(f"key: expected query's batch, and a value for each key, got {got}")
+        raise ValueError(
+            f"key: expected query's batch, and a value for each key, got {shapes_of(parts)}"
+        )
     return batches[0], lengths[0], lengths[1]
 
 

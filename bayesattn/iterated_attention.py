@@ -66,6 +66,8 @@ def em_attention(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least one, got {num_steps}")
+    if isinstance(variance, Number) and not 0.0 < variance < math.inf:
+        raise ValueError(f"variance: expected a positive number, got {variance}")
     variance = math.sqrt(query.shape[-1]) if variance is None else variance
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     visible = combine_masks(

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayesattn.masking import LOWEST_BIAS
+
 __all__ = ["AttentionMasks", "LayerShape", "attention_masks", "is_causal_mask"]
 
 
@@ -117,7 +119,8 @@ def _read_padding(
     mask = mask if mask.ndim == 2 else mask[None]
     if mask.dtype == torch.bool:
         return ~mask, None
-    unpadded = mask > -torch.inf
+    # What stands for minus infinity is a bias to a softmax over keys, as it is in PyTorch.
+    unpadded = mask > (LOWEST_BIAS if name == "query_padding_mask" else -torch.inf)
     return unpadded, torch.where(unpadded, mask, 0.0)
 
 

@@ -17,7 +17,19 @@ from torch._subclasses.fake_tensor import is_fake
 
 from bayesattn.contraction import inside_transform
 
-__all__ = ["Masks", "autocast_type", "combine_masks", "is_lower_triangle", "masked_softmax"]
+__all__ = [
+    "LOWEST_BIAS",
+    "Masks",
+    "autocast_type",
+    "combine_masks",
+    "is_readable",
+    "leaks_future",
+    "masked_softmax",
+    "with_infinities",
+]
+
+# What is added to logits to forbid a pair where minus infinity is avoided; less is no bias.
+LOWEST_BIAS = -1e4
 
 
 class Masks(NamedTuple):
@@ -95,20 +107,38 @@ def masked_softmax(
     return torch.where(mask, weights, 0.0)
 
 
-def is_lower_triangle(mask: Shaped[Tensor, "..."] | None, num_queries: int, num_keys: int) -> bool:
-    """Whether a mask forbids just all keys after each query, of which there are as many, above one.
+def with_infinities(mask: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """A mask in which what stands for minus infinity is minus infinity.
 
-    It reads the mask, so it says no while code is compiled or transformed.
+    A softmax over keys hardly sees the difference. One over queries does: there a bias of a key
+    cancels, however low it is.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    return torch.where(mask > LOWEST_BIAS, mask, -torch.inf)
+
+
+def leaks_future(
+    mask: Shaped[Tensor, "..."] | None, num_queries: int, num_keys: int
+) -> Bool[Tensor, ""] | None:
+    """Whether a mask lets no query see a later key, but some query see several; None if it cannot.
+
+    Then a normalization over queries tells earlier queries of later ones. Of several masks, one is
+    enough.
     """
     if mask is None or num_queries != num_keys or num_keys < 2:
-        return False
+        return None
     if mask.shape[-2:] != (num_queries, num_keys):
-        return False
-    if torch.compiler.is_compiling() or inside_transform() or is_fake(mask):
-        return False
-    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
-    triangle = torch.ones_like(seen).tril()
-    return bool((seen == triangle).all())
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > LOWEST_BIAS
+    later = seen.triu(1).any(-1).any(-1)
+    several = (seen.sum(-1) > 1).any(-1)
+    return (several & ~later).any()
+
+
+def is_readable(mask: Tensor) -> bool:
+    """Whether values can be looked at: not where code is compiled, recorded or transformed."""
+    return not (torch.compiler.is_compiling() or inside_transform() or is_fake(mask))
 
 
 def autocast_type(part: Tensor) -> torch.dtype | None:

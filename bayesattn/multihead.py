@@ -7,6 +7,7 @@ Source:
     Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762, section 3.2.2.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -66,8 +67,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     * nested tensors are refused, and PyTorch's encoder never takes its shortcut past this layer.
 
     A normalization over queries must know which of them are padding. In self-attention (query and
-    key are one object) ``key_padding_mask`` says so; else pass ``query_padding_mask``. In a float
-    padding mask only minus infinity is padding.
+    key are one object) ``key_padding_mask`` says so; else pass ``query_padding_mask``. In float
+    masks it takes all below -10⁴ for minus infinity; the softmax adds it, as PyTorch's does. And it
+    tells earlier queries of later ones: not only under causal masks, which are refused, but also in
+    a decoder's attention to an encoder, which no mask gives away.
 
     Args:
         embed_dim: Width of queries and outputs.
@@ -131,8 +134,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        self.normalization = own_choice("normalization", normalization, device, dtype)
-        self.logits = own_choice("logits", logits, device, dtype)
+        sizes = (num_heads, embed_dim // num_heads)
+        self.normalization = own_choice("normalization", normalization, device, dtype, *sizes)
+        self.logits = own_choice("logits", logits, device, dtype, *sizes)
         # PyTorch's encoder reads this for leave to compute softmax attention by itself, without
         # calling its self_attn; which weights there are, we ask of the weights.
         self._qkv_same_embed_dim = False
@@ -182,10 +186,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(layer, name, parameter)
         layer.out_proj = module.out_proj
-        layer.normalization = own_choice(
-            "normalization", normalization, weight.device, weight.dtype
-        )
-        layer.logits = own_choice("logits", logits, weight.device, weight.dtype)
+        place = (weight.device, weight.dtype, layer.num_heads, layer.head_dim)
+        layer.normalization = own_choice("normalization", normalization, *place)
+        layer.logits = own_choice("logits", logits, *place)
         return layer.train(module.training)
 
     def forward(
@@ -278,8 +281,16 @@ class MultiheadAttention(nn.MultiheadAttention):
                 f"normalization runs over queries, got {appended}"
             )
         # Only a normalization over queries asks: the softmax treats padding as PyTorch does.
-        if query_padding_mask is None and query is key and mixes:
-            query_padding_mask = key_padding_mask
+        if mixes and query_padding_mask is None and key_padding_mask is not None:
+            if query is key:
+                query_padding_mask = key_padding_mask
+            elif query.shape == key.shape:
+                warnings.warn(
+                    "query_padding_mask: the normalization runs over queries, and as query and "
+                    "key are two tensors, no query is taken for padding; pass the mask to say "
+                    "which are (all False if none)",
+                    stacklevel=3,
+                )
         masks = attention_masks(
             shape,
             attn_mask=attn_mask,

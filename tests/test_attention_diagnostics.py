@@ -12,6 +12,7 @@ from bayesattn.attention_diagnostics import attention_statistics, layer_statisti
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
 from bayesattn.functional import attention_weights
 from bayesattn.logits import GaussianLogits
+from bayesattn.multihead import MultiheadAttention
 from bayesattn.normalizations import (
     CausalDoublyNormalized,
     DoublyNormalized,
@@ -140,3 +141,44 @@ def test_grouped_heads_and_shared_keys(generator):
     torch.testing.assert_close(grouped.column_mass, whole.column_mass)
     shared = attention_statistics(query, key[:, :1])
     assert shared.column_mass.shape == (2, 6, 7)
+
+
+def test_padded_queries_attend_to_nothing(generator):
+    """Mutant: their exp(0) counted as one key each."""
+    query, key = torch.randn(2, 2, 3, 5, 4, generator=generator)
+    mask = torch.tensor([[True, True, True, False, False], [True] * 5])
+    found = attention_statistics(query, key, query_mask=mask)
+    entropy = torch.special.entr(attention_weights(query, key)).sum(-1)
+    expected = torch.stack([entropy[0, :, :3].exp().mean(-1), entropy[1].exp().mean(-1)])
+    torch.testing.assert_close(found.effective_attended_keys(), expected)
+
+
+def test_rates_of_what_is_no_number_are_none(generator):
+    query, key = torch.randn(2, 2, 3, 5, 4, generator=generator)
+    query[0, 0, 0, 0] = torch.nan
+    rate = attention_statistics(query, key).explained_away_rate(0.1)
+    assert rate.isnan().tolist() == [[True, False, False], [False, False, False]]
+    for threshold in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="threshold: expected a positive number"):
+            attention_statistics(query, key).explained_away_rate(threshold)
+
+
+@pytest.mark.parametrize("choice", [None, DoublyNormalized()])
+def test_a_mask_may_add_axes(choice, generator):
+    query, key = torch.randn(2, 2, 5, 4, generator=generator)
+    mask = torch.rand(3, 1, 1, 5, generator=generator) > 0.3
+    mask[..., 0] = True
+    settings = {"attn_mask": mask, "normalization": choice}
+    weights = attention_weights(query, key, **settings)
+    found = attention_statistics(query, key, **settings)
+    torch.testing.assert_close(found.column_mass, weights.sum(-2).expand(3, 2, 5))
+
+
+def test_layers_that_are_not_called_warn():
+    with torch.random.fork_rng(devices=[]):
+        layer = MultiheadAttention(6, 3)
+    with (
+        pytest.warns(UserWarning, match="no layer was called within the context"),
+        layer_statistics(layer),
+    ):
+        pass

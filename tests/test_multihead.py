@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayesattn.attention_choices import own_choice
 from bayesattn.functional import attention, attention_weights
+from bayesattn.logits import GaussianLogits
 from bayesattn.masking import masked_softmax
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.normalizations import DoublyNormalized, HybridNormalized
@@ -342,6 +343,7 @@ def test_query_padding_is_told_in_cross_attention(is_float, generator):
     assert not torch.allclose(layer(query, key, value)[0][:, :3], expected)
 
 
+@pytest.mark.filterwarnings("ignore:query_padding_mask")
 def test_padded_keys_are_no_padded_queries_in_cross_attention(generator):
     layer = seeded(MultiheadAttention, WIDTH, HEADS, batch_first=True, normalization=Columns())
     query, x = torch.randn(2, BATCH, KEYS, WIDTH, generator=generator)
@@ -407,7 +409,7 @@ def test_nested_tensors_are_refused(generator):
         block.self_attn = MultiheadAttention.from_torch(block.self_attn)
     padding = torch.zeros(BATCH, KEYS, dtype=torch.bool)
     padding[:, 5:] = True
-    with torch.no_grad(), pytest.raises(ValueError, match="enable_nested_tensor=False"):
+    with torch.no_grad(), pytest.raises(ValueError, match="use_nested_tensor = False"):
         stack(x, src_key_padding_mask=padding)
 
 
@@ -507,6 +509,59 @@ def test_representation():
     assert "(normalization): Columns()" in text
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_low_numbers_are_padding_to_a_normalization_over_queries(need_weights, generator):
+    layer = seeded(
+        MultiheadAttention, WIDTH, HEADS, batch_first=True, normalization=DoublyNormalized()
+    )
+    x = torch.randn(BATCH, KEYS, WIDTH, generator=generator)
+    padding = layer_masks(generator, "padding")["key_padding_mask"]
+    low = torch.zeros(padding.shape).masked_fill(padding, -1e9)
+    ours, _ = layer(x, x, x, low, need_weights)
+    expected, _ = layer(x, x, x, padding, need_weights)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_queries_whose_padding_is_not_told_warn(generator):
+    layer = seeded(
+        MultiheadAttention, WIDTH, HEADS, batch_first=True, normalization=DoublyNormalized()
+    )
+    x = torch.randn(BATCH, KEYS, WIDTH, generator=generator)
+    padding = layer_masks(generator, "padding")["key_padding_mask"]
+    expected, _ = layer(x, x, x, padding)
+    with pytest.warns(UserWarning, match="query_padding_mask: the normalization runs over queries"):
+        layer(x.clone(), x, x, padding)
+    ours, _ = layer(x.clone(), x, x, padding, query_padding_mask=padding)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"logits": GaussianLogits(HEADS, WIDTH)}, "logits: expected dim=2 for a layer of 3 heads"),
+        ({"logits": GaussianLogits(5, 2)}, "logits: expected num_heads=3"),
+        ({"normalization": HybridNormalized(5)}, "normalization: expected num_heads=3"),
+        ({"normalization": DoublyNormalized}, r"expected an object, such as DoublyNormalized\(\)"),
+    ],
+)
+def test_choices_for_other_layers_are_refused(choices, message):
+    with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=message):
+        MultiheadAttention(WIDTH, HEADS, **choices)
+    plain = seeded(nn.MultiheadAttention, WIDTH, HEADS)
+    with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match=message):
+        MultiheadAttention.from_torch(plain, **choices)
+
+
+@pytest.mark.compile
+def test_compiles_for_any_length(generator):
+    """Mutant: a message made of sizes before there is an error."""
+    layer = seeded(MultiheadAttention, WIDTH, HEADS, batch_first=True, normalization=Columns())
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for length in (7, 5, 11):
+        x = torch.randn(BATCH, length, WIDTH, generator=generator)
+        torch.testing.assert_close(compiled(x, x, x), layer(x, x, x))
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("normalization", [None, Columns])
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -538,7 +593,7 @@ def test_construction_errors(settings, message):
 
 def test_a_choice_must_be_something_to_call():
     with pytest.raises(ValueError, match=r"normalization: expected something to call.*'softmax'"):
-        own_choice("normalization", "softmax", None, None)
+        own_choice("normalization", "softmax", None, None, HEADS, 2)
 
 
 @pytest.mark.parametrize(

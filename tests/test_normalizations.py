@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bayesattn.functional import attention, attention_weights
 from bayesattn.fused_route import FusedAttention
@@ -322,10 +323,20 @@ def causal(kind, size):
         return {"is_causal": True}
     if kind == "boolean":
         return {"attn_mask": seen}
+    if kind == "window":
+        return {"attn_mask": seen.triu(-2)}
+    if kind == "strict":
+        return {"attn_mask": seen.tril(-1)}
+    if kind == "one head":
+        return {"attn_mask": torch.stack([seen] + [torch.ones_like(seen)] * (HEADS - 1))}
+    if kind == "low":
+        return {"attn_mask": torch.zeros(size, size).masked_fill(~seen, -1e9)}
     return {"attn_mask": torch.zeros(size, size).masked_fill(~seen, -torch.inf)}
 
 
-@pytest.mark.parametrize("kind", ["hint", "boolean", "float"])
+@pytest.mark.parametrize(
+    "kind", ["hint", "boolean", "float", "window", "strict", "one head", "low"]
+)
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != "softmax"])
 def test_leaks_are_refused(name, kind, generator):
     query, key, value = operands(generator, 5, 5)
@@ -336,6 +347,85 @@ def test_leaks_are_refused(name, kind, generator):
         ):
             function(*parts, **settings)
     attention(query, key, value, normalization=Softmax(), **causal(kind, 5))
+
+
+def test_the_function_is_refused_like_the_module(generator):
+    parts = operands(generator, 5, 5)
+    with pytest.raises(ValueError, match="doubly_normalized normalizes over queries"):
+        attention(*parts, normalization=doubly_normalized, is_causal=True)
+
+
+def test_masks_that_leak_nothing_are_taken(generator):
+    """A prefix that all see, and rows of one key each, in which there is nothing to tell."""
+    parts = operands(generator, 5, 5)
+    prefix = torch.ones(5, 5, dtype=torch.bool).tril()
+    prefix[:, :2] = True
+    first = torch.zeros(5, 5, dtype=torch.bool)
+    first[:, 0] = True
+    for mask in (prefix, first, torch.eye(5).bool()):
+        attention(*parts, normalization=DoublyNormalized(), attn_mask=mask)
+
+
+def test_what_stands_for_minus_infinity_forbids(generator):
+    """Mutant: taken as a bias, which cancels in a softmax over queries."""
+    query, key, value = operands(generator)
+    seen = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    seen[0, ..., 4:] = False
+    for route in ("dense", "fused"):
+        settings = {"normalization": DoublyNormalized(), "route": route}
+        expected = attention(query, key, value, attn_mask=seen, **settings)
+        low = torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+        torch.testing.assert_close(
+            attention(query, key, value, attn_mask=low, **settings), expected
+        )
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_gradients_under_activation_checkpoints(name, generator):
+    """Mutant: a saved tensor that backward reads twice."""
+    choice = learned(CHOICES[name](5), generator)
+    parts = [part.requires_grad_() for part in operands(generator)]
+
+    def function(*p):
+        return attention(*p, normalization=choice, route="fused").sin().sum()
+
+    kept = torch.autograd.grad(function(*parts), parts)
+    again = torch.autograd.grad(checkpoint(function, *parts, use_reentrant=False), parts)
+    for one, other in zip(kept, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_forward_mode_by_values_and_parameters_goes_the_dense_way(generator):
+    query, key, value = (part[:1] for part in operands(generator, 400, 400))
+    logits = GaussianLogits(HEADS, 4).double()
+
+    def by_value(v):
+        return attention(query, key, v, normalization=DoublyNormalized())
+
+    _, slope = torch.func.jvp(by_value, (value,), (value,))
+    torch.testing.assert_close(slope, by_value(value))
+
+    def by_parameter(log_variance):
+        parameters = {"log_variance": log_variance}
+        with torch.nn.utils.stateless._reparametrize_module(logits, parameters):
+            return attention(query, key, value, logits=logits)
+
+    start = logits.log_variance.detach()
+    torch.func.jvp(by_parameter, (start,), (torch.ones_like(start),))
+
+
+@pytest.mark.compile
+def test_leaks_are_refused_in_compiled_code(generator):
+    parts = operands(generator, 5, 5)
+
+    def function(mask, *p):
+        return attention(*p, normalization=DoublyNormalized(), attn_mask=mask)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    torch.testing.assert_close(compiled(mask, *parts), function(mask, *parts))
+    with pytest.raises(RuntimeError, match="later ones; expected CausalDoublyNormalized"):
+        compiled(mask.tril(), *parts)
 
 
 def test_a_single_query_warns(generator):

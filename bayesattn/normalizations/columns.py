@@ -49,6 +49,10 @@ def doubly_normalized(
     return DoublyNormalized()(logits, mask)
 
 
+# As the modules say it, so that a function is refused under causal masks like them.
+setattr(doubly_normalized, "mixes_queries", True)  # noqa: B010 (type checkers know no such name)
+
+
 class Softmax(Normalization):
     """Over the keys alone: the posterior of which key generated a query."""
 
@@ -81,6 +85,7 @@ class DoublyNormalized(Normalization):
                 f"num_heads and num_queries go together, got num_heads={num_heads}, "
                 f"num_queries={num_queries}"
             )
+        self.num_heads = num_heads
         self.log_prior: nn.Parameter | None = None
         if num_heads is not None and num_queries is not None:
             self.log_prior = nn.Parameter(torch.zeros(num_heads, num_queries))
@@ -114,6 +119,7 @@ class InterpolatedNormalized(Normalization):
     def __init__(self, num_heads: int, amount: float = 0.5):
         super().__init__()
         _check_heads(num_heads)
+        self.num_heads = num_heads
         if not 0.0 < amount < 1.0:
             raise ValueError(f"amount: expected a number between 0 and 1, got {amount}")
         self.amount_logit = nn.Parameter(torch.full((num_heads,), amount).logit())
@@ -144,6 +150,7 @@ class HybridNormalized(Normalization):
     def __init__(self, num_heads: int, retrofit: bool = False):
         super().__init__()
         _check_heads(num_heads)
+        self.num_heads = num_heads
         self.share_logit = nn.Parameter(torch.full((num_heads,), -2.0 if retrofit else 0.0))
 
     def components(self, sums: LogSums) -> Sequence[Component]:

@@ -19,7 +19,12 @@ _LOWEST = -1e30
 
 
 class CausalDoublyNormalized(Normalization):
-    """Over the queries up to each one first, and over keys last; query i sees keys 0 to i only."""
+    """Over the queries up to each one first, and over keys last; query i sees keys 0 to i only.
+
+    It has first derivatives, backward and forward. Second ones by two backward passes come out as
+    NaN, since PyTorch's cumulative logsumexp takes logarithms of gradients that are zero here;
+    forward over backward (``torch.func.jacfwd`` of ``torch.func.grad``) has them.
+    """
 
     is_causal = True
 

@@ -40,6 +40,8 @@ def attention_maps(
         ("query_words", query_words, values.shape[1]),
         ("key_words", key_words, values.shape[2]),
     ):
+        if isinstance(words, str):
+            raise ValueError(f"{name}: expected a sequence of words, got the text {words!r}")
         if words is not None and not 0 < len(words) <= size:
             raise ValueError(f"{name}: expected 1 to {size} of them, got {len(words)}")
     rows = values.shape[1] if query_words is None else len(query_words)
@@ -70,7 +72,7 @@ def attention_maps(
 
 
 def column_mass(
-    statistics: Mapping[str, AttentionStatistics],
+    statistics: Mapping[str, AttentionStatistics] | AttentionStatistics,
     *,
     threshold: float = 0.1,
     title: str | None = None,
@@ -79,7 +81,7 @@ def column_mass(
 
     Args:
         statistics: By name, such as those of several layers or several normalizations; each is a
-            line. All have equally many heads.
+            line. All have equally many heads. Or those of one.
         threshold: Below it, a key counts as explained away; drawn as a line.
         title: Above the figure.
 
@@ -89,7 +91,11 @@ def column_mass(
     Raises:
         ValueError: If there is nothing to draw or the numbers of heads differ.
     """
+    if isinstance(statistics, AttentionStatistics):
+        statistics = {"attention": statistics}
     nonempty("statistics", statistics)
+    if not threshold > 0.0:
+        raise ValueError(f"threshold: expected a positive number, got {threshold}")
     heads = {name: entry.column_mass.shape[-2] for name, entry in statistics.items()}
     if len(set(heads.values())) > 1:
         raise ValueError(f"statistics: expected equally many heads in each, got {heads}")
