@@ -62,16 +62,16 @@ def test_separate_particles_know_nothing_of_each_other(generator):
     assert Separate().frozen(particles) == Separate()
 
 
-@pytest.mark.parametrize("bandwidth", [0.3, 0.6])
+@pytest.mark.parametrize("bandwidth", [0.6, 0.8])
 def test_wgd_is_too_narrow_by_its_kernel(bandwidth):
-    """At rest the estimated density, of variance v + h², is the target. Mutant: Stein's direction."""
+    """At rest the estimate, of variance v + h², is the target. Mutant: Stein's direction."""
     routine = WGD(normal, num_particles=60, kernel=RBF(bandwidth), metric="none")
     found = routine.run(num_steps=800, **QUIET).unconstrained[0, :, 0]
     assert found.mean().item() == pytest.approx(0, abs=0.02)
-    assert found.var(correction=0).item() == pytest.approx(1 - bandwidth**2, abs=0.04)
+    assert found.var(correction=0).item() == pytest.approx(1 - bandwidth**2, abs=0.02)
     stein = SVGD(normal, num_particles=60, kernel=RBF(bandwidth), metric="none")
     variance = stein.run(num_steps=800, **QUIET).unconstrained.var().item()
-    assert abs(variance - (1 - bandwidth**2)) > 0.04
+    assert abs(variance - (1 - bandwidth**2)) > 0.2
 
 
 def test_wgd_takes_steps_of_svgd_of_its_own_direction(generator):
