@@ -17,17 +17,21 @@ from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
+from bayesattn.inference.sgld import SGLD
 from bayesattn.inference.spos import SPOS
 from bayesattn.inference.stein_discrepancy import SteinDiscrepancy, ksd
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
+from bayesattn.inference.wgd import WGD
 
 __all__ = [
     "EM",
     "NUTS",
+    "SGLD",
     "SPOS",
     "SVGD",
     "SVI",
+    "WGD",
     "Affine",
     "Checkpoint",
     "ClosedForms",

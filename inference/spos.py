@@ -39,7 +39,7 @@ from bayesattn.inference.stein import SVGDInfo
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svgd_run import SVGDRun
-from bayesattn.kernels import Kernel, SiteKernel
+from bayesattn.kernels import Kernel, Separate, SiteKernel
 
 __all__ = ["SPOS", "SPOSState"]
 
@@ -152,9 +152,10 @@ class SPOS(Routine):
         num_runs = check_count("num_runs", num_runs)
         saved = Checkpoint.of(checkpoint)
         seed = resumed_seed(seed, saved)
-        loop = StepLoop("SPOS", num_steps, seed, progress, check_every)
+        name = type(self).__name__
+        loop = StepLoop(name, num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
-        warn_of_held_parameters(density, "SPOS")
+        warn_of_held_parameters(density, name)
         view = self.transient.view(density, num_runs)
         loop.save_to(
             saved,
@@ -171,6 +172,12 @@ class SPOS(Routine):
             start = self.transient.begin(density, view, init, loop, num_runs)
             start.num_steps = max(1, warmup_steps // 2)
             return loop.run(SPOSRun(self, density, view, start, warmup_steps, thinning, loop))
+
+    @property
+    def chains_interact(self) -> bool:
+        """Whether chains of one run depend on each other: where they are particles of one cloud."""
+        is_alone = isinstance(self.transient.kernel, Separate)
+        return self.transient.particle_plate is None and not is_alone
 
     def stepper(self, density: LogDensity, view: ParticleView) -> LangevinStepper:
         """Steps with these settings on a log density."""
@@ -330,7 +337,7 @@ class SPOSRun:
                 "noise": spos.noise,
                 "langevin": float(spos.langevin),
                 "step_size": float(spos.step_size),
-                "chains_interact": int(spos.transient.particle_plate is None),
+                "chains_interact": int(spos.chains_interact),
             },
         )
 

@@ -1,4 +1,4 @@
-r"""The Stein direction, and one step of all particles along it.
+r"""One step of all particles along a direction such as Stein's.
 
 .. math:: \phi(x_i) = \frac1M \sum_j \left[ k(x_j, x_i)\, \frac{\nabla \log p(x_j)}{T}
           + \nabla_{x_j} k(x_j, x_i) \right]
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayesattn.inference.adam import AdamRule
 from bayesattn.inference.coordinates import Affine
+from bayesattn.inference.directions import Direction, stein_direction
 from bayesattn.inference.fingerprints import Same
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.optimizers import ScheduledOptimizer
@@ -125,8 +126,8 @@ def direction(
         kernel: Gives Gram matrix and repulsion.
         temperature: T; above one the particles spread more.
     """
-    terms = kernel(particles)
-    return (terms.smooth(score) / temperature + terms.repulsion) / particles.shape[-2]
+    parts = stein_direction(kernel(particles), score / temperature)
+    return parts.drive + parts.repulsion
 
 
 def init(
@@ -159,6 +160,7 @@ def movement(
     *,
     view: ParticleView,
     kernel: Kernel,
+    direction: Direction = stein_direction,
 ) -> Movement:
     """Figures of one step, as a pure function.
 
@@ -170,12 +172,14 @@ def movement(
         temperature: T.
         view: What a particle is.
         kernel: Between particles in working coordinates.
+        direction: From the kernel and the scores to where particles go.
     """
     values, scores = value_and_score(view.assemble(metric.apply(working), outside))
     inside, beside = view.split(scores)
     terms = kernel(working)
     drive = metric.pull_back(inside) / temperature
-    phi = (terms.smooth(drive) + terms.repulsion) / working.shape[-2]
+    parts = direction(terms, drive)
+    phi = parts.drive + parts.repulsion
     squared = terms.squared_bandwidth
     missing = values.new_full((len(working),), torch.nan)
     return Movement(
@@ -199,10 +203,18 @@ class Stepper:
         density: Evaluated once a step, at all particles.
         view: What a particle is.
         kernel: Between particles in working coordinates.
+        direction: From the kernel and the scores to where particles go.
     """
 
-    def __init__(self, density: LogDensity, view: ParticleView, kernel: Kernel):
+    def __init__(
+        self,
+        density: LogDensity,
+        view: ParticleView,
+        kernel: Kernel,
+        direction: Direction = stein_direction,
+    ):
         self.density, self.view, self.kernel = density, view, kernel
+        self.direction = direction
         self._graphs: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
         self._scalars = Scalars()
 
@@ -214,7 +226,7 @@ class Stepper:
         temperature: Number = 1.0,
         progress: float = 0.0,
     ) -> SVGDInfo:
-        """Move every particle once along :func:`direction`, by the optimizer's rule.
+        """Move every particle once along the direction, by the optimizer's rule.
 
         Args:
             state: Its tensors are moved in place.
@@ -253,7 +265,7 @@ class Stepper:
         subsample: Mapping[str, Tensor] | None,
     ) -> Callable[..., tuple[Tensor, ...]]:
         """All figures of a step as one function; with a rule, what it makes of them instead."""
-        view, kernel = self.view, self.kernel
+        view, kernel, direction = self.view, self.kernel, self.direction
 
         def function(
             value_and_score: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -266,7 +278,14 @@ class Stepper:
         ) -> tuple[Tensor, ...]:
             metric = Affine(location, scale)
             figures = movement(
-                value_and_score, working, outside, metric, scalars[0], view=view, kernel=kernel
+                value_and_score,
+                working,
+                outside,
+                metric,
+                scalars[0],
+                view=view,
+                kernel=kernel,
+                direction=direction,
             )
             if rule is None:
                 return figures[:7]
@@ -277,7 +296,7 @@ class Stepper:
                 moved += rule(outside, -figures.outside, mean, square, scalars[3:])
             return (*figures[:5], *moved)
 
-        key = ("stein", view.key, Same(kernel), rule, is_moved)
+        key = (direction, view.key, Same(kernel), rule, is_moved)
         return self.density.fused(function, key, tensors, subsample)
 
 

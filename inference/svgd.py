@@ -22,6 +22,7 @@ from torch import Tensor
 from bayesattn.inference import stein
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.coordinates import Affine, check_hessians, identity, laplace
+from bayesattn.inference.directions import Direction, stein_direction
 from bayesattn.inference.initialization import Init, initial_values, set_apart
 from bayesattn.inference.learned_parameters import warn_of_held_parameters
 from bayesattn.inference.log_density import LogDensity
@@ -82,6 +83,7 @@ class SVGD(Routine):
 
     metric_every = 50
     metric_until = 0.7
+    direction: Direction = staticmethod(stein_direction)
 
     def __init__(
         self,
@@ -182,9 +184,10 @@ class SVGD(Routine):
         num_runs = check_count("num_runs", num_runs)
         saved = Checkpoint.of(checkpoint)
         seed = resumed_seed(seed, saved)
-        loop = StepLoop("SVGD", num_steps, seed, progress, check_every)
+        name = type(self).__name__
+        loop = StepLoop(name, num_steps, seed, progress, check_every)
         density = self.log_density_for(num_steps, args, kwargs)
-        warn_of_held_parameters(density, "SVGD")
+        warn_of_held_parameters(density, name)
         view = self.view(density, num_runs)
         rule = {"stop_below_ksd": stop_below_ksd, "check_every": stop_below_ksd and check_every}
         loop.save_to(saved, density, num_runs=num_runs, **rule, **self.identity())
@@ -279,7 +282,7 @@ class SVGD(Routine):
 
     def stepper(self, density: LogDensity, view: ParticleView) -> Stepper:
         """Steps with these settings on a log density."""
-        return Stepper(density, view, self.kernel_of(density, view))
+        return Stepper(density, view, self.kernel_of(density, view), self.direction)
 
     def kernel_of(self, density: LogDensity, view: ParticleView) -> Kernel:
         """The kernel of particles such as the view makes them.

@@ -15,7 +15,7 @@ from bayesattn.inference.particle_views import ParticleView
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
-from bayesattn.inference.stein import SVGDInfo, SVGDState, direction
+from bayesattn.inference.stein import SVGDInfo, SVGDState
 from bayesattn.inference.stein_statistics import stein_discrepancy
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.kernels import IMQ
@@ -124,14 +124,11 @@ class SVGDRun:
         values, scores = density.value_and_score(
             networks, density.draw_subsample(self.loop.generator), is_in_loop=False
         )
-        phi = direction(
-            state.working,
-            state.metric.pull_back(view.split(scores)[0]),
-            self.stepper.kernel,
-            self.svgd.temperature_at(attrs["num_steps"] / self.num_steps),
-        )
+        temperature = self.svgd.temperature_at(attrs["num_steps"] / self.num_steps)
+        drive = state.metric.pull_back(view.split(scores)[0]) / temperature
+        parts = self.stepper.direction(self.stepper.kernel(state.working), drive)
         fields = view.lay_out(density, networks, values)
-        fields["sample_stats"]["stein_norm"] = phi.norm(dim=-1)
+        fields["sample_stats"]["stein_norm"] = (parts.drive + parts.repulsion).norm(dim=-1)
         count = {"gradient_evaluations": attrs["num_steps"] * len(networks)}
         fields["attrs"] = fields.get("attrs", {}) | attrs | count
         return self.svgd.posterior(

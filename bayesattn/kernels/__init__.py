@@ -6,6 +6,7 @@ from bayesattn.kernels.linear import Linear
 from bayesattn.kernels.preconditioned import Preconditioned
 from bayesattn.kernels.protocol import Kernel, KernelTerms, ScalarKernel, SiteKernel, Terms
 from bayesattn.kernels.radial import IMQ, RBF, pairwise_repulsion
+from bayesattn.kernels.separate import Separate
 from bayesattn.kernels.sums import Sum
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PerSite",
     "Preconditioned",
     "ScalarKernel",
+    "Separate",
     "SiteKernel",
     "Sum",
     "Terms",

@@ -19,9 +19,11 @@ from bayesattn.inference.em import EM
 from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.running import NonFiniteError
+from bayesattn.inference.sgld import SGLD
 from bayesattn.inference.spos import SPOS
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
+from bayesattn.inference.wgd import WGD
 from tests.global_state import changes, snapshot
 
 NUM_HEADS, NUM_ROWS = 3, 13
@@ -103,6 +105,13 @@ ROUTINES = {
     "SVGD": Row(functools.partial(SVGD, num_particles=11), {"num_steps": 7}, "particles", 11),
     "SVGD of heads": Row(
         functools.partial(SVGD, particle_plate="head"), {"num_steps": 7}, "heads", NUM_HEADS
+    ),
+    "WGD": Row(functools.partial(WGD, num_particles=11), {"num_steps": 7}, "particles", 11),
+    "SGLD of one particle": Row(
+        functools.partial(SGLD, num_particles=1, step_size=1e-3),
+        {"warmup_steps": 7, "num_samples": 5, "thinning": 2},
+        "markov",
+        5,
     ),
     "SPOS of one particle": Row(
         functools.partial(SPOS, num_particles=1, step_size=1e-3),
