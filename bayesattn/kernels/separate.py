@@ -41,9 +41,9 @@ class SeparateTerms(NamedTuple):
     repulsion: Float[Tensor, "*batch particle dim"]
 
     @property
-    def squared_bandwidth(self) -> None:
-        """There is none."""
-        return
+    def squared_bandwidth(self) -> Float[Tensor, "*batch"]:
+        """Zero: no other particle is near enough."""
+        return self.repulsion[..., 0, 0]
 
     @property
     def own_slope(self) -> None:

@@ -327,7 +327,7 @@ def test_bar_shows_name_and_time_left(name, capsys):
     shown = capsys.readouterr().err
     assert type(routine(name)).__name__ in shown
     assert "<" in shown
-    figure = {"SVGD": "stein norm=", "SPOS": "stein norm=", "SVI": "elbo="}
+    figure = dict.fromkeys(("SVGD", "WGD", "SPOS", "SGLD"), "stein norm=") | {"SVI": "elbo="}
     figure |= {"NUTS": "step size=", "EM": "log density="}
     assert figure[type(routine(name)).__name__] in shown
     run(name, progress=False)

@@ -92,12 +92,12 @@ def test_wgd_needs_a_density(kernel):
     with pytest.raises(ValueError, match="kernel: WGD estimates a density"):
         WGD(normal, kernel=kernel)
     with pytest.raises(ValueError, match="kernel: WGD"):
-        WGD(normal, kernel=Preconditioned(RBF()))
+        WGD(normal, kernel=Preconditioned(RBF(), torch.eye(1)))
 
 
 def test_chains_of_langevin_dynamics_have_the_posterior_as_their_law():
     """Mutants: noise without the factor two; a drift that the number of particles divides."""
-    routine = SGLD(correlated, num_particles=8, step_size=0.02)
+    routine = SGLD(correlated, num_particles=8, step_size=0.02, compile="record")
     posterior = routine.run(warmup_steps=400, num_samples=500, thinning=20, **QUIET)
     assert posterior.unconstrained.shape == (8, 500, 2)
     found = posterior.unconstrained.flatten(0, 1)
