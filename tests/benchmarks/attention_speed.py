@@ -69,7 +69,7 @@ CONTESTANTS: dict[str, Attend] = {
 
 
 def measure(
-    length: int, *, rounds: int, seconds: float, clock: Clock
+    length: int, *, rounds: int, seconds: float, clock: Clock, match: str = ""
 ) -> tuple[dict[str, tuple[float, str]], dict[str, float]]:
     """Median milliseconds and spread of each contestant, and megabytes it needs at its peak."""
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,9 @@ def measure(
 
         return advance
 
-    chosen = {n: a for n, a in CONTESTANTS.items() if "dense" not in n or length <= LONGEST_DENSE}
+    chosen = {n: a for n, a in CONTESTANTS.items() if match in n or n == "SDPA"}
+    if length > LONGEST_DENSE:
+        chosen = {name: attend for name, attend in chosen.items() if "dense" not in name}
     turns = {name: several(attend) for name, attend in chosen.items()}
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
     memory = {n: peak_bytes(lambda a=a: once(a)) / 2**20 for n, a in chosen.items()}
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each turn, about")
+    parser.add_argument("--match", default="", help="only contestants whose names have this")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -109,7 +112,11 @@ def main() -> None:
     rows = []
     for length in map(int, arguments.lengths.split(",")):
         times, memory = measure(
-            length, rounds=arguments.rounds, seconds=arguments.seconds, clock=clock
+            length,
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            clock=clock,
+            match=arguments.match,
         )
         for name, (median, spread) in times.items():
             rows.append(
