@@ -159,8 +159,7 @@ def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics
         yield statistics
     if not statistics:
         warnings.warn(
-            "layer_statistics: no layer was called within the context; code that was compiled "
-            "before does not notice hooks, so compile it anew within the context, or not at all",
+            "layer_statistics: no attention layer of the model was called within the context",
             stacklevel=3,
         )
 

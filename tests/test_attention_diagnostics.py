@@ -178,7 +178,7 @@ def test_layers_that_are_not_called_warn():
     with torch.random.fork_rng(devices=[]):
         layer = MultiheadAttention(6, 3)
     with (
-        pytest.warns(UserWarning, match="no layer was called within the context"),
+        pytest.warns(UserWarning, match="no attention layer of the model was called"),
         layer_statistics(layer),
     ):
         pass

@@ -141,20 +141,19 @@ def _settings(
         hint = kwargs.get("is_causal")
         is_causal = bool(getattr(module, "is_causal", True) if hint is None else hint)
     return {
-        "attn_mask": _forbidding(mask, key.shape[-2]),
+        "attn_mask": _forbidding(mask),
         "is_causal": is_causal,
         "scale": kwargs.get("scaling"),
         "enable_gqa": key.shape[1] != query.shape[1],
     }
 
 
-def _forbidding(mask: Any, num_keys: int) -> Tensor | None:
+def _forbidding(mask: Any) -> Tensor | None:
     """Mask with minus infinity for the lowest number, which is theirs for what is forbidden."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise ValueError(f"attention mask: expected 'batch head query key', got {type(mask)}")
-    mask = mask[..., :num_keys]
     if mask.dtype == torch.bool:
         return mask
     return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)

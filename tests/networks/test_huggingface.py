@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -307,9 +308,9 @@ def test_cross_attention(kind, generator):
 
 
 def test_second_way_of_gpt2(generator):
-    """It goes by the name "eager", which the context hides."""
+    """It goes by the name "eager", which the context hides, and counts in higher precision."""
     model, names = build("gpt2", reorder_and_upcast_attn=True)
-    model = model.float()
+    model = model.bfloat16()
     given = inputs("gpt2", generator)
     with torch.no_grad():
         expected = model(**given).last_hidden_state
@@ -317,7 +318,56 @@ def test_second_way_of_gpt2(generator):
             found = model(**given).last_hidden_state
     assert torch.equal(found, expected)
     (call,) = calls[names[0]]
-    torch.testing.assert_close(call.weights() @ call.value, call.head_outputs)
+    outputs = call.weights() @ call.value
+    torch.testing.assert_close(outputs, call.head_outputs, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_scale_of_the_logits(implementation, generator):
+    """GPT-2 may divide by the layer's place too."""
+    more = {"scale_attn_by_inverse_layer_idx": True}
+    model, names = build("gpt2", implementation, **more)
+    given = inputs("gpt2", generator)
+    with torch.no_grad(), attention_calls(model) as calls:
+        model(**given)
+    for place, name in enumerate(names):
+        (call,) = calls[name]
+        assert call.settings["scale"] == pytest.approx(5**-0.5 / (place + 1))
+        torch.testing.assert_close(call.weights() @ call.value, call.head_outputs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_causal_layers_without_a_mask(implementation, nested, generator):
+    """Then "eager" sees all keys, "sdpa" the earlier ones; also beneath another context."""
+    model, names = build("llama", implementation)
+    module = model.get_submodule(names[0])
+    states = torch.randn(BATCH, TOKENS, 24, generator=generator)
+    positions = model.rotary_emb(states, torch.arange(TOKENS)[None])
+    with attention_calls(module) if nested else nullcontext(), attention_calls(module) as calls:
+        module(states, position_embeddings=positions)
+    (call,) = calls[""]
+    assert bool(call.weights().triu(1).any()) == (implementation == "eager")
+    value = call.value.repeat_interleave(3, 1)
+    # Llama's eager softmax is in float32.
+    outputs = call.weights() @ value
+    torch.testing.assert_close(outputs, call.head_outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_configurations_within_a_configuration_stay():
+    model, _ = build("bert", "sdpa")
+    outer = type(model.config)
+
+    class Composite(outer):
+        sub_configs = {"inner": outer}  # noqa: RUF012
+
+    inner = copy.deepcopy(model.config)
+    inner._attn_implementation = "eager"
+    model.config.__class__ = Composite
+    model.config.inner = inner
+    with attention_calls(model):
+        assert inner._attn_implementation == "eager"
+    assert (model.config._attn_implementation, inner._attn_implementation) == ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -354,6 +354,19 @@ def test_own_layers(generator, monkeypatch):
     assert calls == {"pool": []}
 
 
+def test_hooks_that_change_outputs_come_after(generator):
+    """What is recorded is what the layer itself gave, whatever others make of it."""
+    layer = StructuredSelfAttention(7, 5, HEADS)
+    tokens = torch.randn(BATCH, KEYS, 7, generator=generator)
+    pooled, _ = layer(tokens)
+    hook = layer.register_forward_hook(lambda _, args, output: (output[0] + 1, output[1]))
+    with attention_calls(layer) as calls:
+        changed, _ = layer(tokens)
+    hook.remove()
+    assert torch.equal(calls[""][0].head_outputs[:, :, 0], pooled)
+    assert torch.equal(changed, pooled + 1)
+
+
 def test_models_without_layers():
     with attention_calls(nn.Linear(2, 3)) as calls:
         pass
