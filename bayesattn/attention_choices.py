@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesattn.logits import Logits
+from bayesattn.normalizations.protocol import Normalization
+
 __all__ = ["LogitsFunction", "NormalizationFunction", "mixes_queries", "own_choice"]
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +38,9 @@ def own_choice(
         raise ValueError(f"{name}: expected something to call, or None, got {choice!r}")
     if isinstance(choice, type):
         raise ValueError(f"{name}: expected an object, such as {choice.__name__}(), got the class")
-    for size, expected in (("num_heads", num_heads), ("dim", head_dim)):
+    sizes = {"num_heads": num_heads, "dim": head_dim}
+    # Elsewhere such names may mean other things, as the axis of a softmax does.
+    for size, expected in sizes.items() if isinstance(choice, Logits | Normalization) else ():
         got = getattr(choice, size, None)
         if got not in (None, expected):
             raise ValueError(

@@ -552,6 +552,19 @@ def test_choices_for_other_layers_are_refused(choices, message):
         MultiheadAttention.from_torch(plain, **choices)
 
 
+def test_names_of_what_is_not_ours_are_not_sizes(generator):
+    """Mutant: an axis that is taken for a width."""
+
+    class OwnSoftmax(nn.Softmax):
+        def forward(self, logits, mask):
+            return masked_softmax(logits, mask)
+
+    layer = seeded(MultiheadAttention, WIDTH, HEADS, normalization=OwnSoftmax(dim=-1))
+    plain = seeded(MultiheadAttention, WIDTH, HEADS)
+    x = torch.randn(KEYS, BATCH, WIDTH, generator=generator)
+    torch.testing.assert_close(layer(x, x, x), plain(x, x, x))
+
+
 @pytest.mark.compile
 def test_compiles_for_any_length(generator):
     """Mutant: a message made of sizes before there is an error."""
