@@ -236,7 +236,7 @@ def test_padding_never_matters(seed, padded, content, key):
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_forward_mode_takes_the_dense_route(generator):
     """At a size where the fused one would serve."""
-    query, key, value = (part[:1, :1] for part in operands(generator, 260, 256))
+    query, key, value = (part[:1, :1] for part in operands(generator, 400, 400))
     choice, tangent = DoublyNormalized(), torch.randn(query.shape, generator=generator)
 
     def function(route):
@@ -244,7 +244,7 @@ def test_forward_mode_takes_the_dense_route(generator):
 
     results = [torch.func.jvp(function(route), (query,), (tangent,)) for route in ("auto", "dense")]
     torch.testing.assert_close(*results)
-    with pytest.raises((RuntimeError, NotImplementedError), match="forward"):
+    with pytest.raises(NotImplementedError, match="forward mode"):
         torch.func.jvp(function("fused"), (query,), (tangent,))
 
 
