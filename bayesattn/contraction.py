@@ -39,7 +39,7 @@ def inside_transform() -> bool:
     return depth > 0
 
 
-def has_tangent(*parts: Tensor | nn.Module | object | None) -> bool:
+def has_tangent(*parts: object) -> bool:
     """Whether forward-mode differentiation goes on by a tensor, or a parameter of a module."""
     if torch.compiler.is_compiling():
         return False

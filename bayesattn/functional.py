@@ -29,9 +29,8 @@ from bayesattn.masking import (
     Masks,
     autocast_type,
     combine_masks,
-    is_readable,
-    leaks_future,
     masked_softmax,
+    refuse_leaks,
     with_infinities,
 )
 from bayesattn.normalizations.columns import Softmax
@@ -303,7 +302,7 @@ def _mask_for(
     num_keys: int,
 ) -> Tensor | None:
     """The mask as a normalization needs it, if it can do with such a mask at all."""
-    if normalization is None or not mixes_queries(normalization):
+    if not mixes_queries(normalization):
         return attn_mask
     attn_mask = None if attn_mask is None else with_infinities(attn_mask)
     if not hasattr(normalization, "mixes_queries"):
@@ -322,12 +321,8 @@ def _mask_for(
         f"normalization: {name} normalizes over queries, so under a causal mask each query "
         "would learn of later ones; expected CausalDoublyNormalized or Softmax"
     )
-    leaks = leaks_future(attn_mask, num_queries, num_keys)
     if is_causal and num_queries > 1:
         raise ValueError(reason)
-    if leaks is not None and attn_mask is not None:
-        if torch.compiler.is_compiling():
-            torch._assert_async(~leaks, reason)  # pyright: ignore[reportPrivateImportUsage]
-        elif is_readable(attn_mask) and leaks:
-            raise ValueError(reason)
+    if attn_mask is not None:
+        refuse_leaks(attn_mask, num_queries, num_keys, reason)
     return attn_mask

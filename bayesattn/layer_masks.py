@@ -15,7 +15,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayesattn.masking import LOWEST_BIAS
+from bayesattn.masking import with_infinities
 
 __all__ = ["AttentionMasks", "LayerShape", "attention_masks", "is_causal_mask"]
 
@@ -76,9 +76,8 @@ def attention_masks(
         pairs = pairs if bias is None else _both(bias[:, None, None], pairs)
     if query_padding_mask is not None:
         # A bias of a query moves all its logits alike: what is left of it is the padding.
-        query_mask, _ = _read_padding(
-            "query_padding_mask", query_padding_mask, shape, shape.queries
-        )
+        told = with_infinities(query_padding_mask)
+        query_mask, _ = _read_padding("query_padding_mask", told, shape, shape.queries)
     if is_causal and shape.appended:
         earlier = torch.ones(shape.queries, shape.keys, dtype=torch.bool, device=device).tril()
         pairs, is_causal = _both(earlier, pairs), False
@@ -119,8 +118,7 @@ def _read_padding(
     mask = mask if mask.ndim == 2 else mask[None]
     if mask.dtype == torch.bool:
         return ~mask, None
-    # What stands for minus infinity is a bias to a softmax over keys, as it is in PyTorch.
-    unpadded = mask > (LOWEST_BIAS if name == "query_padding_mask" else -torch.inf)
+    unpadded = mask > -torch.inf
     return unpadded, torch.where(unpadded, mask, 0.0)
 
 

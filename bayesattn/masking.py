@@ -22,9 +22,8 @@ __all__ = [
     "Masks",
     "autocast_type",
     "combine_masks",
-    "is_readable",
-    "leaks_future",
     "masked_softmax",
+    "refuse_leaks",
     "with_infinities",
 ]
 
@@ -113,32 +112,33 @@ def with_infinities(mask: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     A softmax over keys hardly sees the difference. One over queries does: there a bias of a key
     cancels, however low it is.
     """
-    if mask.dtype == torch.bool:
+    if not mask.is_floating_point():
         return mask
     return torch.where(mask > LOWEST_BIAS, mask, -torch.inf)
 
 
-def leaks_future(
-    mask: Shaped[Tensor, "..."] | None, num_queries: int, num_keys: int
-) -> Bool[Tensor, ""] | None:
-    """Whether a mask lets no query see a later key, but some query see several; None if it cannot.
+def refuse_leaks(mask: Shaped[Tensor, "..."], num_queries: int, num_keys: int, reason: str) -> None:
+    """Refuse a mask that lets no query see a later key, but some query see several.
 
-    Then a normalization over queries tells earlier queries of later ones. Of several masks, one is
-    enough.
+    Under it a normalization over queries tells earlier queries of later ones. Of several masks, one
+    is enough. Where code is recorded or transformed, there are no values to look at.
+
+    Raises:
+        ValueError: For the reason; a RuntimeError in compiled code.
     """
-    if mask is None or num_queries != num_keys or num_keys < 2:
-        return None
-    if mask.shape[-2:] != (num_queries, num_keys):
-        return None
+    if num_queries != num_keys or mask.shape[-2:] != (num_queries, num_keys):
+        return
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and (inside_transform() or is_fake(mask)):
+        return
     seen = mask if mask.dtype == torch.bool else mask > LOWEST_BIAS
     later = seen.triu(1).any(-1).any(-1)
     several = (seen.sum(-1) > 1).any(-1)
-    return (several & ~later).any()
-
-
-def is_readable(mask: Tensor) -> bool:
-    """Whether values can be looked at: not where code is compiled, recorded or transformed."""
-    return not (torch.compiler.is_compiling() or inside_transform() or is_fake(mask))
+    leaks = (several & ~later).any()
+    if is_compiling:
+        torch._assert_async(~leaks, reason)  # pyright: ignore[reportPrivateImportUsage]
+    elif leaks:
+        raise ValueError(reason)
 
 
 def autocast_type(part: Tensor) -> torch.dtype | None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from bayesattn.masking import with_infinities
 from bayesattn.networks.attention_call import AttentionCall, Record
 
 __all__ = ["watch_interface"]
@@ -149,11 +149,9 @@ def _settings(
 
 
 def _forbidding(mask: Any) -> Tensor | None:
-    """Mask with minus infinity for the lowest number, which is theirs for what is forbidden."""
+    """Mask with minus infinity for what is forbidden, where theirs has the lowest number."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 4:
         raise ValueError(f"attention mask: expected 'batch head query key', got {type(mask)}")
-    if mask.dtype == torch.bool:
-        return mask
-    return mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    return with_infinities(mask)
