@@ -26,10 +26,7 @@ from bayesattn.inference.directions import Direction, stein_direction
 from bayesattn.inference.initialization import Init, initial_values, set_apart
 from bayesattn.inference.learned_parameters import warn_of_held_parameters
 from bayesattn.inference.log_density import LogDensity
-from bayesattn.inference.metrics import (
-    MetricChoice,
-    chosen_metric,
-)
+from bayesattn.inference.metrics import MetricChoice, chosen_metric
 from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
 from bayesattn.inference.particle_views import ParticleView, PlateParticles, WholeParticles
 from bayesattn.inference.posterior import Posterior

@@ -8,12 +8,18 @@ import pytest
 from tests.test_layout import ROOT
 
 
+def run_quickly(example, folder):
+    """Run an example by its name, and return what it prints."""
+    script = ROOT / "examples" / f"{example}.py"
+    command = [sys.executable, str(script), "--quick", "--out", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.slow
 def test_quickstart_writes_its_pictures_and_posteriors(tmp_path):
-    script = ROOT / "examples" / "quickstart.py"
-    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
+    printed = run_quickly("quickstart", tmp_path)
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {
         "attention_bars",
@@ -24,23 +30,18 @@ def test_quickstart_writes_its_pictures_and_posteriors(tmp_path):
     }
     posteriors = {path.stem for path in tmp_path.glob("*.nc")}
     assert posteriors == {"nuts", "svgd_heads", "svgd_particles", "svi_normal"}
-    scored = [
-        line for line in result.stdout.splitlines() if line.startswith(("NUTS", "SVGD", "SVI"))
-    ]
+    scored = [line for line in printed.splitlines() if line.startswith(("NUTS", "SVGD", "SVI"))]
     accuracies = [float(line.split("±")[0].split()[-1]) for line in scored]
     # Guessing is right in one of seven.
     assert len(accuracies) == 4
-    assert min(accuracies) > 0.8, result.stdout
+    assert min(accuracies) > 0.8, printed
 
 
 @pytest.mark.slow
 def test_mixture_says_what_is_equal_and_what_is_not(tmp_path):
-    script = ROOT / "examples" / "attention_as_mixture.py"
-    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
+    printed = run_quickly("attention_as_mixture", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["attention_as_mixture.png"]
-    lines = result.stdout.splitlines()
+    lines = printed.splitlines()
     identities = [float(line.split()[-1]) for line in lines if " attention" in line and ":" in line]
     assert len(identities) >= 3
     assert max(identities[:3]) < 1e-12

@@ -295,7 +295,7 @@ def test_what_em_cannot_do_is_refused(generator):
     with pytest.raises(ValueError, match=r"lacks \['log_density', 'e_step', 'm_step'\]"):
         EM(minibatches)
     partly = functools.partial(minibatches)
-    partly.log_density = partly.e_step = partly.m_step = lambda *args: None  # type: ignore[attr-defined]
+    partly.log_density = partly.e_step = partly.m_step = lambda *args: None
     with pytest.raises(ValueError, match=r"full data, but the plates \['row'\] are subsampled"):
         run(partly, torch.randn(7, generator=generator))
     with pytest.raises(ValueError, match="tolerance must not be negative, got -1"):

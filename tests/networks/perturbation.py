@@ -1,5 +1,7 @@
 """What a head's particle is: moved alone, it moves the outputs of its own head and of no other."""
 
+from contextlib import contextmanager
+
 import torch
 
 from bayesattn.networks import attention_calls, attention_layers
@@ -53,20 +55,17 @@ def assert_output_particles_are_heads(model, run, generator):
             torch.testing.assert_close((after - before).view(expected.shape), expected)
 
 
-class moved:  # noqa: N801
+@contextmanager
+def moved(partition, head, generator):
     """Add draws to one particle while the context lasts."""
-
-    def __init__(self, partition, head, generator):
-        self.partition, self.head, self.generator = partition, head, generator
-
-    def __enter__(self):
-        self.before = self.partition.particles().clone()
-        after = self.before.clone()
-        after[self.head] += torch.randn(after.shape[1], generator=self.generator)
-        self.partition.write(after)
-
-    def __exit__(self, *_):
-        self.partition.write(self.before)
+    before = partition.particles().clone()
+    after = before.clone()
+    after[head] += torch.randn(after.shape[1], generator=generator)
+    partition.write(after)
+    try:
+        yield
+    finally:
+        partition.write(before)
 
 
 def calls_of(model, run):

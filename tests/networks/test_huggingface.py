@@ -3,6 +3,7 @@
 import copy
 import importlib
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -303,7 +304,10 @@ def test_cross_attention(kind, generator):
     (call,) = calls[names[1]]
     assert call.weights().shape == (BATCH, 3, TOKENS, 5)
     torch.testing.assert_close(call.weights() @ call.value, call.head_outputs)
-    run = lambda model: model(**given, encoder_hidden_states=states)  # noqa: E731
+
+    def run(model):
+        return model(**given, encoder_hidden_states=states)
+
     assert_particles_are_heads(model, run, generator)
 
 
@@ -359,7 +363,7 @@ def test_configurations_within_a_configuration_stay():
     outer = type(model.config)
 
     class Composite(outer):
-        sub_configs = {"inner": outer}  # noqa: RUF012
+        sub_configs: ClassVar = {"inner": outer}
 
     inner = copy.deepcopy(model.config)
     inner._attn_implementation = "eager"
