@@ -86,6 +86,10 @@ def climb(query, key, quick):
 def infer(query, key, quick):
     """The posterior over the centers in three ways."""
     few = 10 if quick else 1
+    print(
+        "Any order of the three centers is as probable. A chain of NUTS keeps to one, so it warns\n"
+        "that chains disagree. Below, the centers are compared as they are, then in one order."
+    )
     quiet = {"progress": False, "seed": 0}
     nuts = NUTS(MODEL).run(
         query, key, warmup_steps=100 // few, num_samples=200 // few, num_chains=3, **quiet
