@@ -62,7 +62,7 @@ def attention(
 
     Tensors are "*batch head query dim"; leading axes broadcast, and may be missing. In every mask
     True takes part. A query that sees no key, or is padding, gets zeros, and no gradient passes
-    through it. What stands at masked places does not matter as long as it is finite.
+    through it. What stands at masked places does not matter as long as products of it are finite.
 
     Args:
         query: What asks.
