@@ -53,7 +53,8 @@ def stein_direction(terms: Terms, drive: Float[Tensor, "*batch particle dim"]) -
         drive: Score of the target at each particle.
     """
     num_particles = drive.shape[-2]
-    return DirectionParts(terms.smooth(drive) / num_particles, terms.repulsion / num_particles)
+    # In place, since these are the largest tensors that there are.
+    return DirectionParts(terms.smooth(drive).div_(num_particles), terms.repulsion / num_particles)
 
 
 def wasserstein_direction(

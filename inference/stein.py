@@ -126,7 +126,9 @@ def direction(
         kernel: Gives Gram matrix and repulsion.
         temperature: T; above one the particles spread more.
     """
-    parts = stein_direction(kernel(particles), score / temperature)
+    # Without a copy where there is nothing to divide by: scores are as large as the particles.
+    is_one = not isinstance(temperature, Tensor) and temperature == 1
+    parts = stein_direction(kernel(particles), score if is_one else score / temperature)
     return parts.drive + parts.repulsion
 
 

@@ -57,6 +57,7 @@ class _Radial(Summable):
         centered, distances = geometry(particles)
         squared = self._squared(centered, distances)
         gram, slope = self._profile(distances, squared[..., None, None])
+        del distances  # Not kept beside the two while the repulsion is summed.
         repulsion = pairwise_repulsion(slope, centered).to(particles.dtype)
         # Zeros that take no memory, not None, which no transform lets pass.
         flat = repulsion.new_zeros(()).expand_as(repulsion)
