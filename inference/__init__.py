@@ -1,4 +1,4 @@
-"""How posteriors of Pyro programs are found: SVGD, SVI, NUTS and EM on one bridge from Pyro."""
+"""How posteriors of Pyro programs, and of the heads of networks in training, are found."""
 
 if not __name__.startswith("bayesattn."):
     raise ImportError(
@@ -10,12 +10,16 @@ from bayesattn.inference.closed_forms import ClosedForms
 from bayesattn.inference.comparison import Comparison, compare
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.em import EM
+from bayesattn.inference.head_diffusion import SteinDiffusion
+from bayesattn.inference.head_forces import CircuitForce, SteinForce, WassersteinForce
+from bayesattn.inference.head_motion import RepulsionInfo
 from bayesattn.inference.initialization import initial_values
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.matching import match_heads
 from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.recording import GraphCache, RecordingError
+from bayesattn.inference.repulsion import Repulsion
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError
 from bayesattn.inference.sgld import SGLD
 from bayesattn.inference.spos import SPOS
@@ -34,6 +38,7 @@ __all__ = [
     "WGD",
     "Affine",
     "Checkpoint",
+    "CircuitForce",
     "ClosedForms",
     "Comparison",
     "ConvergenceWarning",
@@ -43,7 +48,12 @@ __all__ = [
     "NonFiniteError",
     "Posterior",
     "RecordingError",
+    "Repulsion",
+    "RepulsionInfo",
+    "SteinDiffusion",
     "SteinDiscrepancy",
+    "SteinForce",
+    "WassersteinForce",
     "compare",
     "initial_values",
     "ksd",

@@ -35,9 +35,9 @@ from bayesattn.inference.particle_views import ParticleView
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.stein import SVGDInfo, movement
-from bayesattn.kernels import Kernel
+from bayesattn.kernels import Kernel, Terms
 
-__all__ = ["LangevinStepper", "Noise", "SPOSState", "diffused"]
+__all__ = ["LangevinStepper", "Noise", "SPOSState", "diffused", "diffusion"]
 
 Noise = Literal["exact", "paper"]
 
@@ -62,6 +62,28 @@ class SPOSState(NamedTuple):
     def networks(self, view: ParticleView) -> Float[Tensor, "evaluation all"]:
         """Unconstrained vectors to evaluate."""
         return view.assemble(self.metric.apply(self.working), self.outside)
+
+
+def diffusion(
+    terms: Terms,
+    normal: Float[Tensor, "*batch particle dim"],
+    *,
+    noise: Noise,
+    langevin: Number,
+) -> tuple[Float[Tensor, "*batch particle dim"] | None, Float[Tensor, "*batch particle dim"]]:
+    """What a noise adds to the drift, if anything, and the noise of unit step size over root two.
+
+    Args:
+        terms: Of the kernel at the particles.
+        normal: Standard normal noise.
+        noise: ``"exact"`` or ``"paper"``.
+        langevin: τ.
+    """
+    if noise == "paper":
+        return None, langevin**0.5 * normal
+    own = terms.own_slope
+    slope = None if own is None else own / normal.shape[-2]
+    return slope, terms.fluctuate(normal, float(langevin))
 
 
 def diffused(
@@ -101,12 +123,9 @@ def diffused(
         kernel=state.kernel,
     )
     drift = figures.direction + langevin * figures.drive
-    if noise == "exact":
-        fluctuation = figures.terms.fluctuate(normal, float(langevin))
-        if figures.terms.own_slope is not None:
-            drift = drift + figures.terms.own_slope / drift.shape[-2]
-    else:
-        fluctuation = langevin**0.5 * normal
+    slope, fluctuation = diffusion(figures.terms, normal, noise=noise, langevin=langevin)
+    if slope is not None:
+        drift = drift + slope
     working = state.working + step_size * drift + (2 * step_size) ** 0.5 * fluctuation
     scale = state.outside_scale
     outside = state.outside + step_size * scale.square() * figures.outside

@@ -65,7 +65,7 @@ def median_squared_distance(
     Raises:
         ValueError: Without particles.
     """
-    return floored_median(*geometry(particles.detach()))
+    return floored_median(geometry(particles.detach())[1])
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -113,18 +113,26 @@ def geometry(
 
 
 def floored_median(
-    centered: Float[Tensor, "*batch particle dim"],
     distances: Float[Tensor, "*batch particle particle"],
+    mean_square: Float[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """:func:`median_squared_distance` of what :func:`geometry` gives."""
-    centered, distances = centered.detach(), distances.detach()
-    count, info = centered.shape[-2], torch.finfo(centered.dtype)
+    """:func:`median_squared_distance` from squared distances.
+
+    Args:
+        distances: Zero on the diagonal.
+        mean_square: Of the norms that the distances were rounded at; those about the particles'
+            mean by default.
+    """
+    distances = distances.detach()
+    count, info = distances.shape[-1], torch.finfo(distances.dtype)
     if count == 1:
         return torch.ones_like(distances[..., 0, 0])
     # In order come the zeros of the diagonal, then each pair twice.
     middle = (count * (count - 1) // 2 - 1) // 2
     median = smallest_but(distances.flatten(-2), count + 2 * middle)
-    resolution = 64 * info.eps * centered.square().sum(-1).mean(-1)
+    if mean_square is None:
+        mean_square = distances.mean((-2, -1)) / 2
+    resolution = 64 * info.eps * mean_square.detach()
     return torch.maximum(median, resolution + info.tiny / info.eps)
 
 

@@ -55,7 +55,7 @@ class _Radial(Summable):
     def __call__(self, particles: Float[Tensor, "*batch particle dim"]) -> KernelTerms:
         """Gram matrix and repulsion of one cloud of particles."""
         centered, distances = geometry(particles)
-        squared = self._squared(centered, distances)
+        squared = self._squared(distances)
         gram, slope = self._profile(distances, squared[..., None, None])
         del distances  # Not kept beside the two while the repulsion is summed.
         repulsion = pairwise_repulsion(slope, centered).to(particles.dtype)
@@ -74,7 +74,21 @@ class _Radial(Summable):
         self, particles: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch"]:
         """Squared bandwidth in force at these particles, detached, in float32 or wider."""
-        return self._squared(*geometry(particles.detach()))
+        return self._squared(geometry(particles.detach())[1])
+
+    def at_distances(
+        self,
+        distances: Float[Tensor, "*batch particle particle"],
+        mean_square: Float[Tensor, "*batch"],
+    ) -> tuple[Float[Tensor, "*batch particle particle"], Float[Tensor, "*batch"]]:
+        """Kernel, and squared bandwidth in force, where distances are all that is known.
+
+        Args:
+            distances: Squared, in float32 or wider; zero on the diagonal.
+            mean_square: Of the norms that the distances were rounded at.
+        """
+        squared = self._squared(distances, mean_square)
+        return self._profile(distances, squared[..., None, None])[0], squared
 
     def stein_gram(
         self,
@@ -97,7 +111,7 @@ class _Radial(Summable):
             Liu, Lee and Jordan (2016), arXiv:1602.03253, theorem 3.6.
         """
         centered, distances = geometry(particles)
-        squared = self._squared(centered, distances)[..., None, None]
+        squared = self._squared(distances)[..., None, None]
         gram, slope = self._profile(distances, squared)
         scores = widened(scores)
         with full_precision(particles):
@@ -108,9 +122,9 @@ class _Radial(Summable):
         trace = particles.shape[-1] - 2 * self._decay(distances, squared)
         return (gram * inner + slope * (crossed + trace)).to(particles.dtype)
 
-    def _squared(self, centered: Tensor, distances: Tensor) -> Tensor:
+    def _squared(self, distances: Tensor, mean_square: Tensor | None = None) -> Tensor:
         if isinstance(self.bandwidth, str):
-            return self._rule(floored_median(centered, distances), centered.shape[-2])
+            return self._rule(floored_median(distances, mean_square), distances.shape[-1])
         return fixed_square(self.bandwidth, distances[..., 0, 0])
 
     def _rule(self, median: Tensor, num_particles: int) -> Tensor:

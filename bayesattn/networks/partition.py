@@ -51,7 +51,12 @@ class HeadPartition:
     @property
     def dim(self) -> int:
         """Width of a particle."""
-        return sum(heads[0].numel() for heads in self._heads(self._parameters()))
+        return sum(torch.Size(shape).numel() for shape in self.part_shapes)
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of what one particle takes of each parameter, its own axis of heads first."""
+        return tuple(tuple(heads.shape[1:]) for heads in self._heads(self._parameters()))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -62,6 +67,11 @@ class HeadPartition:
     def requires_grad(self) -> bool:
         """Whether all of the parameters are trained."""
         return all(parameter.requires_grad for parameter in self.parameters)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any of the parameters has a ``.grad``."""
+        return any(parameter.grad is not None for parameter in self.parameters)
 
     def regions(self) -> Iterator[tuple[int, int, int, int]]:
         """Identity, axis, first and last index of what each part takes of a parameter."""

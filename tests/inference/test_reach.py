@@ -287,12 +287,12 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("pair", DIFFERENT, ids=str)
+@pytest.mark.parametrize("pair", DIFFERENT, ids=range(len(DIFFERENT)))
 def test_fingerprints_tell_apart(pair):
     assert fingerprint(pair[0]) != fingerprint(pair[1])
 
 
-@pytest.mark.parametrize("pair", EQUAL, ids=str)
+@pytest.mark.parametrize("pair", EQUAL, ids=range(len(EQUAL)))
 def test_fingerprints_find_equal(pair):
     assert fingerprint(pair[0]) == fingerprint(pair[1])
     assert hash(fingerprint(pair[0])) == hash(fingerprint(pair[1]))
