@@ -36,8 +36,8 @@ from bayesattn.networks import HeadPartition
 
 __all__ = ["DiffusionState", "SteinDiffusion", "check_diffusion"]
 
-# Of the running mean of squared gradients, whose root is floored at a part of its mean.
-_MEMORY, _FLOOR = 0.99, 0.01
+# Roots of mean squared gradients are floored at this part of their mean over coordinates.
+_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SteinDiffusion:
         langevin: τ.
         noise: ``"exact"``, or ``"paper"``, under which few heads vary too little.
         preconditioner: P: ``"rms"``, one over the root mean square of each coordinate's gradients
-            in the transient, which all heads of a partition share; or ``"none"``.
+            in the whole transient, which all heads of a partition share; or ``"none"``.
         faithful: As in the paper's code instead: the noise is added to the gradient and goes
             through the optimizer, from the first step on, and nothing is frozen. It has a
             temperature only under plain stochastic gradient descent, and none under Adam.
@@ -140,14 +140,18 @@ class DiffusionState:
         self.counts: dict[str, int] = {}
         self.squares: dict[str, Tensor] = {}
         self.kernels: dict[str, Kernel] = {}
+        self._frozen: dict[tuple[str, ...], tuple[Kernel, Tensor]] = {}
 
     def measure(self, names: Sequence[str], drive: Float[Tensor, "system head dim"]) -> None:
-        """Take the gradients of a step of the transient into the running means."""
+        """Take the gradients of a step of the transient into their means.
+
+        All of its steps count alike: gradients at a mode are small, and say nothing of how far a
+        step may go.
+        """
         for name, square in zip(names, drive.square().mean(-2), strict=True):
             self.counts[name] = self.counts.get(name, 0) + 1
-            before = self.squares.get(name)
-            share = (1 - _MEMORY) / (1 - _MEMORY ** self.counts[name])
-            self.squares[name] = square if before is None else before.lerp(square, share)
+            before = self.squares.get(name, square)
+            self.squares[name] = before.lerp(square, 1 / self.counts[name])
 
     def preconditioner(
         self, names: Sequence[str], like: Float[Tensor, "system head dim"]
@@ -160,27 +164,27 @@ class DiffusionState:
         floor = _FLOOR * roots.mean(-1, keepdim=True) + torch.finfo(roots.dtype).tiny
         return torch.maximum(roots, floor).reciprocal()[:, None]
 
-    def kernel(self, names: Sequence[str], particles: Float[Tensor, "system head dim"]) -> Kernel:
-        """The kernel as it was when the transient ended, for some partitions at once."""
-        for name, heads in zip(names, particles, strict=True):
-            if name not in self.kernels:
-                self.kernels[name] = self.method.kernel.frozen(heads)
-        kernels = [self.kernels[name] for name in names]
-        constants = [torch.stack(parts) for parts in zip(*map(tensors_of, kernels), strict=True)]
-        return with_tensors(kernels[0], constants)
+    def frozen(
+        self, names: tuple[str, ...], particles: Float[Tensor, "system head dim"]
+    ) -> tuple[Kernel, Float[Tensor, "system #head #dim"]]:
+        """Kernel and P as they were when the transient ended, for some partitions at once."""
+        if names not in self._frozen:
+            metric = self.preconditioner(names, particles)
+            self._frozen[names] = self._kernel(names, particles), metric
+        return self._frozen[names]
 
     def moved(
         self,
-        names: Sequence[str],
+        names: tuple[str, ...],
         particles: Float[Tensor, "system head dim"],
         drive: Float[Tensor, "system head dim"],
         normal: Float[Tensor, "system head dim"],
         alpha: Number,
     ) -> HeadMotion:
         """Take a step of the heads' own, with what was frozen; the gradient is left as it is."""
-        terms = self.kernel(names, particles)(particles)
+        kernel, metric = self.frozen(names, particles)
+        terms = kernel(particles)
         parts, fluctuation = self.method.forces(terms, drive, normal, alpha)
-        metric = self.preconditioner(names, particles)
 
         def move(rate: Number | Tensor) -> Tensor:
             drift = rate * metric * (parts.drive + parts.repulsion)
@@ -205,6 +209,7 @@ class DiffusionState:
             state: Of :meth:`state_dict`.
             particles: Heads of each partition, whose types and devices the tensors take.
         """
+        self._frozen = {}
         self.counts = dict(state["counts"])
         self.squares = {
             name: square.to(particles[name].device) for name, square in state["squares"].items()
@@ -216,6 +221,14 @@ class DiffusionState:
             )
             for name, constants in state["kernels"].items()
         }
+
+    def _kernel(self, names: tuple[str, ...], particles: Tensor) -> Kernel:
+        for name, heads in zip(names, particles, strict=True):
+            if name not in self.kernels:
+                self.kernels[name] = self.method.kernel.frozen(heads)
+        kernels = [self.kernels[name] for name in names]
+        constants = [torch.stack(parts) for parts in zip(*map(tensors_of, kernels), strict=True)]
+        return with_tensors(kernels[0], constants)
 
 
 def check_diffusion(

@@ -26,6 +26,7 @@ from bayesattn.inference.learning_rates import LearningRates
 from bayesattn.inference.noise_generators import NoiseGenerators
 from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.schedules import Number
+from bayesattn.kernels import Kernel
 from bayesattn.networks import HeadBatch, HeadPartition, head_batches, head_partitions
 
 __all__ = ["Repulsion"]
@@ -90,6 +91,10 @@ class Repulsion:
         decoupled: bool = False,
         seed: int | None = None,
     ):
+        if isinstance(method, Kernel):
+            raise ValueError(
+                f"method: expected a force, such as SteinForce({method!r}), got a kernel"
+            )
         self.method = SteinForce() if method is None else method
         self.partitions = tuple(head_partitions(model) if heads is None else heads)
         self.alpha, self.num_data = _scale(num_data, temperature, alpha, prior)

@@ -139,7 +139,8 @@ class KernelTerms(NamedTuple):
         self, score: Float[Tensor, "*batch particle dim"]
     ) -> Float[Tensor, "*batch particle dim"]:
         """Sum over j of k(x_i, x_j) times the score at x_j."""
-        return self.gram @ score
+        with full_precision(score):
+            return self.gram @ score
 
     def fluctuate(
         self, normal: Float[Tensor, "*batch particle dim"], floor: Number
