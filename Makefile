@@ -1,7 +1,9 @@
 # Everything that a fresh machine with Python and make needs: each target sets up .venv if need be.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest
+# As many processes as there are cores; WORKERS=0 for one, which a debugger can follow.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # jaxtyping's hook checks every shape annotation; it breaks torch.compile, so those tests run apart.
 CHECK_SHAPES := --jaxtyping-packages=bayesattn,beartype.beartype
 # pytest exits with 5 where no test bears the mark.
