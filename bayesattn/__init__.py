@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from bayesattn import datasets as datasets
     from bayesattn import divergences as divergences
     from bayesattn import functional as functional
+    from bayesattn import head_penalties as head_penalties
+    from bayesattn import head_similarity as head_similarity
     from bayesattn import inference as inference
     from bayesattn import kernels as kernels
     from bayesattn import models as models
@@ -24,12 +26,18 @@ if TYPE_CHECKING:
     from bayesattn.encoder import TransformerEncoderLayer as TransformerEncoderLayer
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
+    from bayesattn.head_diagnostics import circuit_similarity as circuit_similarity
+    from bayesattn.head_diagnostics import head_statistics as head_statistics
+    from bayesattn.head_diagnostics import warn_of_collapse as warn_of_collapse
+    from bayesattn.head_diagnostics import weight_similarity as weight_similarity
+    from bayesattn.head_penalties import HeadPenalty as HeadPenalty
     from bayesattn.multihead import MultiheadAttention as MultiheadAttention
     from bayesattn.structured_pooling import StructuredSelfAttention as StructuredSelfAttention
 
     __version__: str
 
 __all__ = [
+    "HeadPenalty",
     "MultiheadAttention",
     "StructuredSelfAttention",
     "TransformerEncoder",
@@ -39,9 +47,13 @@ __all__ = [
     "attention_statistics",
     "attention_weights",
     "calibration",
+    "circuit_similarity",
     "datasets",
     "divergences",
     "functional",
+    "head_penalties",
+    "head_similarity",
+    "head_statistics",
     "inference",
     "kernels",
     "layer_statistics",
@@ -49,9 +61,12 @@ __all__ = [
     "networks",
     "normalizations",
     "plots",
+    "warn_of_collapse",
+    "weight_similarity",
 ]
 
 _MODULE_OF = {
+    "HeadPenalty": "bayesattn.head_penalties",
     "MultiheadAttention": "bayesattn.multihead",
     "StructuredSelfAttention": "bayesattn.structured_pooling",
     "TransformerEncoder": "bayesattn.encoder",
@@ -59,7 +74,11 @@ _MODULE_OF = {
     "attention": "bayesattn.functional",
     "attention_statistics": "bayesattn.attention_diagnostics",
     "attention_weights": "bayesattn.functional",
+    "circuit_similarity": "bayesattn.head_diagnostics",
+    "head_statistics": "bayesattn.head_diagnostics",
     "layer_statistics": "bayesattn.attention_diagnostics",
+    "warn_of_collapse": "bayesattn.head_diagnostics",
+    "weight_similarity": "bayesattn.head_diagnostics",
 }
 
 

@@ -2,6 +2,7 @@
 
 from bayesattn.plots.attended_words import attention
 from bayesattn.plots.attention_pictures import attention_maps, column_mass
+from bayesattn.plots.head_pictures import head_forces, head_similarity
 from bayesattn.plots.learning_curves import optimization
 from bayesattn.plots.posterior_draws import forest, marginals
 from bayesattn.plots.quality import reliability, scores
@@ -11,6 +12,8 @@ __all__ = [
     "attention_maps",
     "column_mass",
     "forest",
+    "head_forces",
+    "head_similarity",
     "marginals",
     "optimization",
     "reliability",

@@ -13,7 +13,7 @@ from bayesattn.inference.head_diffusion import DiffusionState
 from bayesattn.inference.head_forces import SteinForce
 from bayesattn.kernels import IMQ, RBF, Linear, Separate
 from bayesattn.networks import HeadPartition, HeadSlice, head_batches, head_partitions
-from tests.inference.heads import Classifier, loss_of
+from tests.heads import Classifier, loss_of
 
 # Mean and standard deviation of the logarithm of a Gamma(3, 1) variable: psi(3), psi'(3)^(1/2).
 LOG_GAMMA_MEAN, LOG_GAMMA_SD = 0.92278, 0.62838

@@ -7,7 +7,7 @@ from torch import nn
 from bayesattn.inference import CircuitForce, SteinForce, WassersteinForce
 from bayesattn.kernels import IMQ, RBF, Linear, Separate
 from bayesattn.networks import circuit_products, head_circuits
-from tests.inference.heads import one_batch, paper_gradient
+from tests.heads import one_batch, paper_gradient
 
 EMBED, HEADS, WIDTH = 15, 3, 5
 FORCES = {

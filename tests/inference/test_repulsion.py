@@ -18,7 +18,7 @@ from bayesattn.inference import (
 from bayesattn.kernels import RBF, Separate
 from bayesattn.networks import head_batches, head_partitions
 from tests.compilation import undone_compilation
-from tests.inference.heads import Classifier, loss_of, paper_gradient
+from tests.heads import Classifier, loss_of, paper_gradient
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 ADAM = functools.partial(torch.optim.Adam, lr=0.01)
