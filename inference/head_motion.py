@@ -55,7 +55,7 @@ class HeadMotion(NamedTuple):
     @property
     def info(self) -> RepulsionInfo:
         """Figures of each system."""
-        drive, repulsion = (part.square().sum(-1).mean(-1).sqrt() for part in self.parts)
+        drive, repulsion = (part.norm(dim=-1).square().mean(-1).sqrt() for part in self.parts)
         squared = self.squared_bandwidth
         missing = torch.full_like(drive, torch.nan)
         return RepulsionInfo(drive, repulsion, missing if squared is None else squared.sqrt())
@@ -83,7 +83,7 @@ def forced(
     along, away, squared = force(heads, particles, drive)
     parts = DirectionParts(along, alpha * away)
     if not is_decoupled:
-        return HeadMotion(parts, squared, gradient=-(parts.drive + parts.repulsion))
+        return HeadMotion(parts, squared, gradient=(parts.drive + parts.repulsion).neg_())
     return HeadMotion(
         parts,
         squared,

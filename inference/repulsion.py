@@ -193,7 +193,8 @@ class Repulsion:
         return self.num_steps >= method.warmup_steps
 
     def _drive(self, heads: HeadBatch, particles: Tensor) -> Tensor:
-        drive = -heads.gradients()
+        # In place: a copy of the gradients, and as large as the heads.
+        drive = heads.gradients().neg_()
         if self.prior is None or self.num_data is None:
             return drive
         with torch.enable_grad():

@@ -56,6 +56,15 @@ def test_attention_is_timed_over_lengths():
     assert done.stdout.count("doubly, fused") == 2
 
 
+def test_repulsion_is_timed_beside_a_training_step():
+    command = [sys.executable, "-m", "tests.benchmarks.repulsion_speed", "--width", "16"]
+    command += ["--layers", "2", "--batch", "2", "--tokens", "3", "--rounds", "1"]
+    done = subprocess.run([*command, "--seconds", "0.01"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("training step", "SVGD", "WGD", "circuits", "SPOS", "copy"):
+        assert name in done.stdout
+
+
 def test_fused_attention_needs_no_more_memory_than_pytorchs():
     """Mutant: a (S, S) tensor anywhere on the fused route."""
     from tests.benchmarks import attention_speed

@@ -96,8 +96,9 @@ def about_mean(
     x = widened(x)
     # About the first row before the mean: rows that coincide then become zero exactly.
     first = x.detach()[..., :1, :]
-    mean = (x.detach() - first).mean(-2, keepdim=True)
-    return x - first - mean, (first, mean)
+    shifted = x - first
+    mean = shifted.detach().mean(-2, keepdim=True)
+    return shifted - mean, (first, mean)
 
 
 def geometry(

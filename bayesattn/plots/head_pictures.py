@@ -15,8 +15,8 @@ __all__ = ["head_forces", "head_similarity"]
 
 _SHOWN = {
     "cosine": ("cosine of outputs", -1.0, 1.0, "RdBu_r"),
-    "alignment": ("CKA of outputs", 0.0, 1.0, "viridis"),
-    "divergence": ("JS of attention, nats", 0.0, float(np.log(2)), "viridis_r"),
+    "alignment": ("CKA of outputs", 0.0, 1.0, "viridis_r"),
+    "divergence": ("JS of attention, nats", 0.0, float(np.log(2)), "viridis"),
 }
 
 
