@@ -11,6 +11,7 @@ Source:
     T / N by default, where published ones are of hot posteriors (T = α N).
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -98,7 +99,7 @@ class Repulsion:
         self.method = SteinForce() if method is None else method
         self.partitions = tuple(head_partitions(model) if heads is None else heads)
         self.alpha, self.num_data = _scale(num_data, temperature, alpha, prior)
-        self.prior, self.decoupled = prior, decoupled
+        self.prior, self.decoupled = _unvalidated(prior), decoupled
         self.num_steps = 0
         self._rates = LearningRates(optimizer)
         self._check_partitions()
@@ -282,3 +283,14 @@ def _is_trained(part: HeadPartition) -> bool:
             f"{part.name}: expected heads that are trained or frozen as a whole, got some of both"
         )
     return all(trained)
+
+
+def _unvalidated(prior: Distribution | None) -> Distribution | None:
+    """The same law without looks at its values, each of which would wait for the device."""
+    prior = copy.copy(prior)
+    if prior is not None:
+        prior._validate_args = False
+        for name, part in vars(prior).items():
+            if isinstance(part, Distribution):
+                setattr(prior, name, _unvalidated(part))
+    return prior

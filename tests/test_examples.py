@@ -51,3 +51,21 @@ def test_mixture_says_what_is_equal_and_what_is_not(tmp_path):
     # Chains that keep to an order of their own agree once there is but one order.
     as_they_are, in_one_order = (float(x.split()[-1]) for x in lines if "worst R-hat" in x)
     assert as_they_are > in_one_order + 0.1
+
+
+@pytest.mark.slow
+def test_heads_take_one_path_and_are_no_posterior_of_one_head(tmp_path):
+    printed = run_quickly("heads_as_particles", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["heads_as_particles.png"]
+    moved, differ = (float(line.split()[-1].rstrip(".")) for line in printed.splitlines()[:2])
+    assert differ < 1e-10 < 0.01 < moved
+    spread, scores = (
+        {
+            line[:16].strip(): [float(x) for x in line[17:].split()]
+            for line in part.splitlines()[1:5]
+        }
+        for part in printed.split("\n\n")[2:4]
+    )
+    assert spread["SPOS"][0] == pytest.approx(spread["NUTS, joint"][0], rel=0.3)
+    assert spread["NUTS, one head"][0] < 0.3 * spread["NUTS, joint"][0]
+    assert scores["NUTS, one head"][0] < scores["SVGD"][0] - 1

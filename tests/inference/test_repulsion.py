@@ -6,10 +6,12 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Laplace, Normal
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Independent, Laplace, Normal
 
 from bayesattn import StructuredSelfAttention
 from bayesattn.inference import (
+    CircuitForce,
     Repulsion,
     SteinDiffusion,
     SteinForce,
@@ -359,6 +361,27 @@ def test_remove_takes_the_hook_away(model):
     SGD(twin.parameters()).step()
     for name, rows in heads_of(model).items():
         assert torch.equal(rows, heads_of(twin)[name])
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), CircuitForce()], ids=[*METHODS, "circuits"])
+def test_nothing_waits_for_the_device(method):
+    """Tensors without data refuse to tell a number. Mutant: a prior that looks at its values."""
+    with FakeTensorMode():
+        model = Classifier(embed_dim=6, num_heads=3)
+        roles = ("query", "key")
+        heads = head_partitions(model, roles, joint=True) if method == CircuitForce() else None
+        optimizer = SGD(model.parameters())
+        inner = Normal(torch.zeros(1), torch.ones(1), validate_args=False)
+        prior = Independent(inner, 1, validate_args=False)
+        prior._validate_args = inner._validate_args = True
+        settings = {"num_data": 5, "prior": prior, "decoupled": True, "seed": 0}
+        repulsion = Repulsion(model, optimizer, method=method, heads=heads, **settings)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(2, 5, 6)).square().mean().backward()
+            repulsion.step()
+            optimizer.step()
+        assert repulsion.info["layers.0." + ("query+key" if heads else "query")].ratio.ndim == 0
 
 
 def test_bad_settings_are_refused(model, unchecked_types):
