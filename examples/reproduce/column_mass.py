@@ -7,15 +7,13 @@ The mean of :math:`m_j` over the words of a sentence is one, whatever the normal
 doubly-normalized weights no word of a sentence of N words has less than 1/N.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from bayesattn.functional import attention_weights
-from bayesattn.multihead import MultiheadAttention
+from examples.reproduce.attention_maps import attention_maps
 from examples.reproduce.text_tasks import Sentences
 
 __all__ = ["EDGES", "THRESHOLDS", "profile", "summarize"]
@@ -25,31 +23,24 @@ THRESHOLDS = (0.1, 0.01, 0.001)
 EDGES = torch.linspace(-6.0, 1.75, 63, dtype=torch.float64)
 
 
-@torch.no_grad()
 def profile(model: nn.Module, sentences: Sentences, batch_size: int = 256) -> list[dict[str, Any]]:
     """Describe what each attention layer does to the words of some sentences, layer by layer.
 
     Args:
-        model: Has layers of :class:`bayesattn.MultiheadAttention`, in the order they are called in.
+        model: Has attention layers, in which words attend to words.
         sentences: What it reads, in evaluation mode.
         batch_size: Sentences that are read at once.
 
     Returns:
         What :func:`summarize` gives, for each layer.
     """
-    layers = [part for part in model.modules() if isinstance(part, MultiheadAttention)]
-    masses: list[list[Tensor]] = [[] for _ in layers]
-    sizes: list[list[Tensor]] = [[] for _ in layers]
-    model.eval()
-    for rows in sentences.mask.sum(-1).argsort().split(batch_size):
-        batch = sentences.choose(rows)
-        for place, weights in enumerate(_weights_of_call(model, layers, batch)):
-            mass, size = _words(weights, batch.mask)
-            masses[place].append(mass)
-            sizes[place].append(size)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for batch, maps in attention_maps(model, sentences, batch_size):
+        for name, weights in maps.items():
+            found.setdefault(name, []).append(_words(weights, batch.mask))
     return [
-        summarize(torch.cat(mass), torch.cat(size))
-        for mass, size in zip(masses, sizes, strict=True)
+        summarize(*(torch.cat(parts) for parts in zip(*words, strict=True)))
+        for words in found.values()
     ]
 
 
@@ -76,26 +67,6 @@ def summarize(
         "lowest": float(mass.min()),
         "attended": _mean(attended),
     }
-
-
-def _weights_of_call(
-    model: nn.Module, layers: Sequence[MultiheadAttention], batch: Sentences
-) -> list[Float[Tensor, "sentence head query key"]]:
-    """Weights of each layer, as they are in one call of the model."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def keep(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
-        del output
-        inputs = layer.attention_inputs(*args, **kwargs)
-        seen[layer] = attention_weights(inputs.query, inputs.key, **inputs.settings)
-
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        model(batch.tokens, batch.mask)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [seen[layer] for layer in layers]
 
 
 def _words(

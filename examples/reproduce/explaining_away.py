@@ -21,20 +21,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import nn
 
-from bayesattn.encoder import TransformerEncoderLayer
 from bayesattn.normalizations import DoublyNormalized, HybridNormalized, Sinkhorn
 from bayesattn.plots.canvas import bare, colors, legend_above, new_figure
 from examples.reproduce.column_mass import EDGES, THRESHOLDS, profile
 from examples.reproduce.command_line import command
 from examples.reproduce.protocol import Build, Outcome, Study, Task
 from examples.reproduce.running import write_atomically
-from examples.reproduce.text_classifier import TextClassifier
+from examples.reproduce.text_classifier import small_transformer
 from examples.reproduce.text_tasks import READERS, TextSplits, read_task
 from examples.reproduce.training import Budget, classification_metrics, predict, train
 
 __all__ = ["NORMALIZATIONS", "STUDY", "build_classifier", "measure"]
 
-_DIM, _NUM_HEADS = 64, 4
+_NUM_HEADS = 4
 # Passes over the training sentences, fewer where there are more of them; for each learning rate.
 _EPOCHS = {"snips": 6, "clinc150": 6, "banking77": 6, "trec": 4, "sst2": 3}
 _WHEN = ("initial", "trained")
@@ -53,25 +52,8 @@ NORMALIZATIONS = {
 
 
 def build_classifier(normalization: str, splits: TextSplits) -> nn.Module:
-    """Build an untrained classifier: two layers of width 64 with four heads.
-
-    There is dropout of words and features, but none of attention weights: it would explain words
-    away by chance, whatever the normalization.
-    """
-
-    def layer() -> nn.Module:
-        return TransformerEncoderLayer(
-            _DIM,
-            _NUM_HEADS,
-            2 * _DIM,
-            dropout=0.0,
-            batch_first=True,
-            norm_first=True,
-            normalization=NORMALIZATIONS[normalization](),
-        )
-
-    sizes = len(splits.vocabulary), len(splits.label_names)
-    return TextClassifier(*sizes, layer, dim=_DIM, dropout=0.2)
+    """Build an untrained classifier: two layers of width 64 with four heads."""
+    return small_transformer(splits, _NUM_HEADS, normalization=NORMALIZATIONS[normalization])
 
 
 def measure(build: Build, splits: TextSplits, budget: Budget, seed: int) -> Outcome:

@@ -74,6 +74,8 @@ def paired_difference(values: BySeed, baseline: BySeed) -> Estimate:
 
 
 def mean_over_tasks(tasks: Mapping[str, BySeed]) -> dict[int, float]:
-    """Average over tasks, seed by seed, where every task has that seed."""
+    """Average over tasks, seed by seed, where every task has that seed; empty without tasks."""
+    if not tasks:
+        return {}
     shared = set.intersection(*(set(values) for values in tasks.values()))
     return {seed: float(np.mean([values[seed] for values in tasks.values()])) for seed in shared}

@@ -57,12 +57,12 @@ class Outcome:
     """What one run gives, all of it fit for JSON.
 
     Attributes:
-        metrics: The study's metrics, on the test part.
+        metrics: The study's metrics, on the test part; None where a model has no such figure.
         choices: What the validation part decided.
         details: Whatever else the study draws or tells.
     """
 
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     choices: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,9 +75,11 @@ class Study:
         name: Of the study.
         tasks: Name and task.
         rivals: Name and ``build(splits) -> module``; the first is the baseline.
-        metrics: Name of each metric, and "higher" or "lower", which is better.
+        metrics: Name of each metric, and "higher" or "lower", which is better, or "neither".
         measure: ``measure(build, splits, budget, seed) -> Outcome``; each ``build()`` gives the
             untrained model anew.
+        methods: Where rivals differ in their training too, what ``measure`` gets as ``method`` for
+            each of them; else empty.
         draw: ``draw(results, folder)`` writes what further figures there are.
         parameter_tolerance: By what part of the baseline's number of parameters a rival may differ.
     """
@@ -86,7 +88,8 @@ class Study:
     tasks: Mapping[str, Task]
     rivals: Mapping[str, Callable[[Any], nn.Module]]
     metrics: Mapping[str, str]
-    measure: Callable[[Build, Any, Any, int], Outcome]
+    measure: Callable[..., Outcome]
+    methods: Mapping[str, Any] = field(default_factory=dict)
     draw: Callable[[list[dict[str, Any]], Path], None] | None = None
     parameter_tolerance: float = 0.01
 
@@ -101,13 +104,25 @@ class Study:
                     f"got {name!r}"
                 )
         for name, better in self.metrics.items():
-            if better not in ("higher", "lower"):
-                raise ValueError(f'metrics: expected "higher" or "lower", got {name}: {better!r}')
+            if better not in ("higher", "lower", "neither"):
+                raise ValueError(
+                    f'metrics: expected "higher", "lower" or "neither", got {name}: {better!r}'
+                )
+        if self.methods and self.methods.keys() != self.rivals.keys():
+            raise ValueError(
+                f"methods: expected one for each of {', '.join(self.rivals)}, "
+                f"got {', '.join(self.methods)}"
+            )
 
     @property
     def baseline(self) -> str:
         """Name of the rival that the others are held against."""
         return next(iter(self.rivals))
+
+    def measured(self, rival: str, build: Build, splits: Any, budget: Any, seed: int) -> Outcome:
+        """Train and measure a rival by its method, if rivals have such."""
+        chosen = {"method": self.methods[rival]} if self.methods else {}
+        return self.measure(build, splits, budget, seed, **chosen)
 
 
 def equal_start(study: Study, rival: str, splits: Any, seed: int) -> Build:

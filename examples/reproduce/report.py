@@ -28,7 +28,8 @@ Findings = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
 def findings(study: Study, records: Sequence[Record]) -> Findings:
     """Estimate every metric and its difference from the baseline.
 
-    Of several tasks there is also the mean, over the seeds that all of them have.
+    Of several tasks there is also the mean, over the seeds that all of them have. A figure that
+    no model of a task has is left out, there and in that mean.
 
     Returns:
         For each task, for each rival, for each metric, "mean" and, where the baseline has a seed
@@ -39,7 +40,9 @@ def findings(study: Study, records: Sequence[Record]) -> Findings:
         by_rival = values.setdefault(record["task"], {})
         by_metric = by_rival.setdefault(record["rival"], {name: {} for name in study.metrics})
         for name in study.metrics:
-            by_metric[name][record["seed"]] = record["metrics"][name]
+            value = record["metrics"][name]
+            if value is not None:
+                by_metric[name][record["seed"]] = value
     if len(values) > 1:
         values[ALL_TASKS] = _over_tasks(study, values)
     return {
@@ -136,7 +139,10 @@ def difference_figure(study: Study, found: Findings) -> Figure:
                     label=rival,
                 )
             )
-        axes.set_title(f"{metric} ({study.metrics[metric]} is better)", fontsize=10)
+        better = study.metrics[metric]
+        axes.set_title(
+            metric if better == "neither" else f"{metric} ({better} is better)", fontsize=10
+        )
         axes.set_xlabel(f"difference from {study.baseline}", fontsize=9)
         axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(tasks)), tasks, fontsize=10)
@@ -160,7 +166,9 @@ def _over_tasks(study: Study, values: Mapping[str, Any]) -> dict[str, Any]:
     rivals = [r for r in study.rivals if all(r in by_rival for by_rival in values.values())]
     return {
         rival: {
-            name: mean_over_tasks({task: values[task][rival][name] for task in values})
+            name: mean_over_tasks(
+                {task: values[task][rival][name] for task in values if values[task][rival][name]}
+            )
             for name in study.metrics
         }
         for rival in rivals

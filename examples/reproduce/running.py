@@ -165,7 +165,7 @@ def _do(study: Study, run: Run, settings: RunSettings) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             budget = task.quick if settings.quick else task.budget
-            outcome = study.measure(build, splits, budget, run.seed)
+            outcome = study.measured(run.rival, build, splits, budget, run.seed)
     except Exception as error:
         error.add_note(f"in the run of {run.rival} on {run.task} with seed {run.seed}")
         raise

@@ -6,7 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-__all__ = ["TextClassifier"]
+from bayesattn.attention_choices import NormalizationFunction
+from bayesattn.encoder import TransformerEncoderLayer
+from examples.reproduce.text_tasks import TextSplits
+
+__all__ = ["TextClassifier", "small_transformer"]
 
 
 class TextClassifier(nn.Module):
@@ -52,3 +56,37 @@ class TextClassifier(nn.Module):
         hidden = torch.where(mask[..., None], self.norm(hidden), 0.0)
         mean = hidden.sum(-2) / mask.sum(-1, keepdim=True)
         return self.readout(self.dropout(mean))
+
+
+def small_transformer(
+    splits: TextSplits,
+    num_heads: int,
+    *,
+    dim: int = 64,
+    normalization: Callable[[], NormalizationFunction | None] = lambda: None,
+) -> TextClassifier:
+    """Build an untrained classifier of two layers.
+
+    There is dropout of words and features, but none of attention weights: it would explain words
+    away by chance, whatever the normalization.
+
+    Args:
+        splits: What it is for.
+        num_heads: Number of heads of each layer.
+        dim: Width.
+        normalization: Gives that of a layer, None for the softmax.
+    """
+
+    def layer() -> nn.Module:
+        return TransformerEncoderLayer(
+            dim,
+            num_heads,
+            2 * dim,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+            normalization=normalization(),
+        )
+
+    sizes = len(splits.vocabulary), len(splits.label_names)
+    return TextClassifier(*sizes, layer, dim=dim, dropout=0.2)

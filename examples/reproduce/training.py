@@ -6,7 +6,7 @@ best log score on the validation sentences win. The test part is never seen here
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +19,21 @@ from bayesattn import calibration
 from examples.reproduce.protocol import Build
 from examples.reproduce.text_tasks import Sentences
 
-__all__ = ["Budget", "Trained", "classification_metrics", "predict", "shuffled_batches", "train"]
+__all__ = [
+    "Attach",
+    "Budget",
+    "Loss",
+    "Trained",
+    "classification_metrics",
+    "cross_entropy",
+    "predict",
+    "shuffled_batches",
+    "train",
+]
 
 Loss = Callable[[nn.Module, Sentences], Tensor]
+# From a model, its optimizer and the number of steps to what is called before each of them.
+Attach = Callable[[nn.Module, torch.optim.Optimizer, int], Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -56,11 +68,13 @@ class Trained(NamedTuple):
         model: In evaluation mode, as it was after the chosen epoch.
         choices: The learning rate, the epoch (from one) and their log score on validation.
         curves: For each learning rate, the log score after each epoch.
+        states: The model's after each epoch, with the chosen learning rate.
     """
 
     model: nn.Module
     choices: dict[str, float]
     curves: dict[str, list[float]]
+    states: list[dict[str, Tensor]]
 
 
 def train(
@@ -71,6 +85,8 @@ def train(
     seed: int,
     *,
     loss: Loss | None = None,
+    attach: Attach | None = None,
+    first_epoch: int = 1,
 ) -> Trained:
     """Train from the start with each learning rate, and choose by the validation sentences.
 
@@ -81,28 +97,35 @@ def train(
         budget: How much is done.
         seed: Of the order of the batches and of dropout, so the same for all rivals.
         loss: ``loss(model, batch)``; the cross-entropy if None.
+        attach: ``attach(model, optimizer, num_steps)`` is called for each learning rate, and gives
+            what is called before each step, when gradients are there and not yet clipped.
+        first_epoch: The earliest that may be chosen, from one.
 
     Raises:
-        ValueError: If no learning rate leads to a finite log score.
+        ValueError: If no epoch may be chosen, or no learning rate leads to a finite log score.
     """
     curves: dict[str, list[float]] = {}
-    best: tuple[float, float, int, dict[str, Tensor]] | None = None
+    states: list[dict[str, Tensor]] = []
+    best: tuple[float, float, int] | None = None
+    loss = loss or cross_entropy
     model = build()
     with torch.random.fork_rng(devices=[]):
         for rate in budget.learning_rates:
             model = build()
             curve = curves[str(rate)] = []
-            for epoch in _epochs(model, training, budget, rate, seed, loss or cross_entropy):
+            kept: list[dict[str, Tensor]] = []
+            for epoch in _epochs(model, training, budget, rate, seed, loss, attach):
                 probabilities = predict(model, validation)
                 curve.append(float(calibration.log_score(probabilities, validation.label)))
-                if best is None or curve[-1] > best[0]:
-                    best = (curve[-1], rate, epoch, copy.deepcopy(model.state_dict()))
+                kept.append(copy.deepcopy(model.state_dict()))
+                if epoch >= first_epoch and (best is None or curve[-1] > best[0]):
+                    best, states = (curve[-1], rate, epoch), kept
     if best is None:
-        raise ValueError(f"budget: expected an epoch at least, got {budget}")
-    score, learning_rate, epoch, state = best
-    model.load_state_dict(state)
+        raise ValueError(f"budget: expected {first_epoch} epochs at least, got {budget}")
+    score, learning_rate, epoch = best
+    model.load_state_dict(states[epoch - 1])
     choices = {"learning_rate": learning_rate, "epoch": epoch, "validation_log_score": score}
-    return Trained(model.eval(), choices, curves)
+    return Trained(model.eval(), choices, curves, states)
 
 
 def cross_entropy(model: nn.Module, batch: Sentences) -> Float[Tensor, ""]:
@@ -140,11 +163,13 @@ def _epochs(
     learning_rate: float,
     seed: int,
     loss: Loss,
-) -> Any:
+    attach: Attach | None,
+) -> Iterator[int]:
     """Train, and give the number of each epoch after it."""
     steps = budget.num_epochs * -(-len(training.label) // budget.batch_size)
     optimizer = torch.optim.AdamW(_groups(model, budget.weight_decay), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(steps, budget.warmup))
+    before_step = None if attach is None else attach(model, optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     for epoch in range(1, budget.num_epochs + 1):
@@ -152,6 +177,8 @@ def _epochs(
         for rows in shuffled_batches(training.mask.sum(-1), budget.batch_size, order):
             optimizer.zero_grad()
             loss(model, training.choose(rows)).backward()
+            if before_step is not None:
+                before_step()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()

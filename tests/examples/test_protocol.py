@@ -53,7 +53,8 @@ def test_parameters_are_held_against_the_baselines():
     [
         ({"rivals": {}}, "rivals: expected at least one"),
         ({"rivals": {"a/b": plain}}, "got 'a/b'"),
-        ({"metrics": {"error": "less"}}, 'expected "higher" or "lower", got error'),
+        ({"metrics": {"error": "less"}}, 'expected "higher", "lower" or "neither", got error'),
+        ({"methods": {"plain": 1}}, "methods: expected one for each of plain, offset, got plain"),
     ],
 )
 def test_declarations_are_checked(changes, message):
@@ -120,6 +121,38 @@ def test_metrics_must_be_the_declared_ones(tmp_path):
 
     with pytest.raises(ValueError, match=r"expected metrics \['error'\], got \['loss'\]"):
         run_all(variant(measure=other), RUNS, RunSettings(None, tmp_path), progress=False)
+
+
+def test_rivals_may_differ_in_their_method_alone(tmp_path):
+    """Mutant: the baseline's method for all."""
+
+    def by_method(build, splits, budget, seed, *, method):
+        return Outcome({"error": method + seed})
+
+    study = variant(measure=by_method, methods={"plain": 10.0, "offset": 20.0})
+    run_all(study, RUNS, RunSettings(None, tmp_path), progress=False)
+    records = finished(study, RUNS, RunSettings(None, tmp_path))
+    errors = {(run.rival, run.seed): record["metrics"]["error"] for run, record in records}
+    assert errors == {
+        (rival, seed): start + seed
+        for rival, start in (("plain", 10.0), ("offset", 20.0))
+        for seed in range(3)
+    }
+
+
+def test_metrics_that_a_task_does_not_have_are_left_out(tmp_path):
+    """Mutants: a mean over tasks that is lost, or that counts nothing as zero."""
+
+    def partial(build, splits, budget, seed):
+        return Outcome({"error": None if budget.num_steps == 11 else 2.0 + seed})
+
+    study = variant(measure=partial, metrics={"error": "neither"})
+    result = invoke(study, "--out", tmp_path, "--no-progress", "--seeds", 3)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "summary.json").read_text())["findings"]
+    assert found["short"]["plain"]["error"] == {}
+    assert found["long"]["plain"]["error"]["mean"]["mean"] == 3.0
+    assert found["all tasks"] == found["long"]
 
 
 def test_command_line_writes_what_it_found(tmp_path):

@@ -118,6 +118,45 @@ def test_learning_rate_rises_and_falls(generator):
     torch.testing.assert_close(steps, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
+def test_what_is_attached_meets_gradients_before_they_are_clipped(generator):
+    """Mutants: called after the clipping, or once in all; counts of steps of an epoch."""
+    training, seen = labeled(generator, 53), []
+
+    def attach(model, optimizer, num_steps):
+        seen.append((num_steps, []))
+        return lambda: seen[-1][1].append(float(nn.utils.get_total_norm([model.bias.grad])))
+
+    def loss(model, batch):
+        return 100.0 * model.bias.sum() + 0.0 * model.weight.sum()
+
+    budget = Budget(2, learning_rates=(0.1, 0.2), batch_size=16)
+    train(Bag, training, training, budget, 0, loss=loss, attach=attach)
+    assert [(number, len(norms)) for number, norms in seen] == [(8, 8)] * 2
+    assert seen[1][1] == pytest.approx([100 * 3**0.5] * 8)
+
+
+def test_early_epochs_may_be_left_out(generator):
+    """Mutants: an epoch counted from zero; states of another learning rate."""
+    training = labeled(generator, 53)
+    budget = Budget(3, learning_rates=(0.5, 0.3), batch_size=16)
+    free = train(Bag, training, training, budget, 0)
+    late = train(Bag, training, training, budget, 0, first_epoch=3)
+    assert late.curves == free.curves
+    assert late.choices["epoch"] == 3
+    assert late.choices["validation_log_score"] == max(curve[2] for curve in late.curves.values())
+    for trained in (free, late):
+        model, curve = Bag(), trained.curves[str(trained.choices["learning_rate"])]
+        assert len(trained.states) == 3
+        for state, score in zip(trained.states, curve, strict=True):
+            model.load_state_dict(state)
+            found = calibration.log_score(predict(model, training), training.label)
+            assert found.item() == pytest.approx(score)
+        chosen = trained.states[int(trained.choices["epoch"]) - 1]
+        assert torch.equal(trained.model.bias, chosen["bias"])
+    with pytest.raises(ValueError, match="expected 4 epochs at least"):
+        train(Bag, training, training, budget, 0, first_epoch=4)
+
+
 def test_only_matrices_decay(generator):
     """Mutant: decay of all parameters, which pulls a hybrid's share to one half."""
     training = labeled(generator, 40)
