@@ -5,7 +5,8 @@ r"""Penalties on heads that are alike, to be added to a loss; the rivals of repu
     \frac1M \sum_i \log \sum_j k(x_i, \bar x_j)
 
 The last one is the density of the heads in the space of what they do, each head against what the
-others are at present: its gradient, times α M, is the repulsion of an ensemble in function space.
+others are at present: its gradient, times α M, is the repulsion of an ensemble in function space
+(and times the number of layers as well, over which :class:`HeadPenalty` takes the mean).
 
 Source:
     Lin et al. (2017), A structured self-attentive sentence embedding, arXiv:1703.03130, eq. 8.
@@ -18,9 +19,11 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from bayesattn.head_similarity import cosine_similarity, mean_over_pairs
 from bayesattn.kernels import IMQ, RBF
+from bayesattn.kernels.distances import full_precision, widened
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.taps import watch_attention
 
@@ -40,7 +43,9 @@ def orthogonality_penalty(weights: Float[Tensor, "*batch head key"]) -> Float[Te
     Args:
         weights: Of attention, at one query.
     """
-    products = weights @ weights.mT
+    weights = widened(weights)
+    with full_precision(weights):
+        products = weights @ weights.mT
     eye = torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
     return (products - eye).square().sum((-2, -1))
 
@@ -110,10 +115,17 @@ class HeadPenalty:
 
         Raises:
             ValueError: If the model has no such layer.
+            RuntimeError: If a layer is called under activation checkpointing, which would call it
+                again without the penalty.
         """
         self._found = {}
 
         def keep(name: str, call: AttentionCall) -> None:
+            if _is_checkpointed():
+                raise RuntimeError(
+                    f"HeadPenalty: layer '{name}' was called under activation checkpointing, which "
+                    "loses the penalty's gradient; switch it off for layers that are observed"
+                )
             self._found.setdefault(name, []).append(self._penalty(self._rows(call)).mean())
 
         with watch_attention(self._model, keep) as layers:
@@ -130,3 +142,9 @@ class HeadPenalty:
         if not self._found:
             raise RuntimeError("HeadPenalty.loss() needs a call of the model within observe()")
         return torch.stack([torch.stack(found).mean() for found in self._found.values()]).mean()
+
+
+def _is_checkpointed() -> bool:
+    """Whether what is saved for the backward pass is to be computed again then."""
+    hooks = _top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

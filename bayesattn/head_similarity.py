@@ -58,7 +58,13 @@ def centered_kernel_alignment(
         In [0, 1]; ones on the diagonal. A head whose samples are all equal is like no other.
     """
     features = widened(features)
+    # In units of their own size, so that no square is too large or small.
+    size = features.abs().amax((-2, -1), keepdim=True)
+    features = features / torch.where(size > 0, size, 1.0)
     centered = features - features.mean(-2, keepdim=True)
+    # What rounding leaves of samples that are all equal is no difference between them.
+    is_flat = centered.abs().amax((-2, -1), keepdim=True) <= 8 * torch.finfo(features.dtype).eps
+    centered = torch.where(is_flat, 0.0, centered)
     with full_precision(features):
         if features.shape[-2] <= features.shape[-1]:
             rows = (centered @ centered.mT).flatten(-2)
@@ -82,7 +88,7 @@ def jensen_shannon(
         query_mask: Which queries count.
 
     Returns:
-        In [0, log 2] nats; zeros on the diagonal.
+        In [0, log 2] nats; zeros on the diagonal. NaN where no query counts.
 
     Raises:
         ValueError: If there is no query.
@@ -110,10 +116,18 @@ def effective_heads(similarity: Float[Tensor, "*batch head head"]) -> Float[Tens
 
     Args:
         similarity: Symmetric and positive semidefinite, with ones on the diagonal, such as cosines
-            or CKA.
+            or CKA. A head that is like no other, such as one that does nothing, counts as one.
+
+    Returns:
+        The numbers, NaN where a similarity is not finite.
     """
-    eigenvalues = torch.linalg.eigvalsh(widened(similarity) / similarity.shape[-1])
-    return torch.special.entr(eigenvalues.clamp_min(0.0)).sum(-1).exp()
+    similarity = widened(similarity)
+    is_known = similarity.isfinite().all(-1).all(-1)
+    eye = torch.eye(similarity.shape[-1], dtype=similarity.dtype, device=similarity.device)
+    known = torch.where(is_known[..., None, None], similarity, eye)
+    eigenvalues = torch.linalg.eigvalsh(known / similarity.shape[-1])
+    count = torch.special.entr(eigenvalues.clamp_min(0.0)).sum(-1).exp()
+    return torch.where(is_known, count, torch.nan)
 
 
 def mean_over_pairs(values: Float[Tensor, "*batch head head"]) -> Float[Tensor, "*batch"]:

@@ -6,8 +6,9 @@ r"""Heads as chains: Stein's force, Langevin drift and noise, in steps of their 
 
 d is the descent of the loss, R the kernel's repulsion and α the temperature of the loss, T / N. The
 law that this leaves invariant, as η goes to zero, is exp(-L / α), as long as kernel and P follow
-neither the heads nor their gradients: both are frozen after a transient. Noise that passes through
-Adam or momentum has no temperature.
+neither the heads nor their gradients. P is frozen after a transient, the kernel after a burn-in,
+when heads are as far apart as they will be. Noise that passes through Adam or momentum has no
+temperature.
 
 Source:
     An et al. (2020), Repulsive attention, arXiv:2009.09364, whose noise has covariance τ I.
@@ -18,6 +19,7 @@ Source:
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 import torch
@@ -34,7 +36,7 @@ from bayesattn.inference.schedules import Number
 from bayesattn.kernels import RBF, Kernel, Terms
 from bayesattn.networks import HeadPartition
 
-__all__ = ["DiffusionState", "SteinDiffusion", "check_diffusion"]
+__all__ = ["DiffusionState", "Phase", "SteinDiffusion", "check_diffusion", "check_resolution"]
 
 # Roots of mean squared gradients are floored at this part of their mean over coordinates.
 _FLOOR = 0.01
@@ -42,13 +44,18 @@ _FLOOR = 0.01
 
 @dataclass(frozen=True)
 class SteinDiffusion:
-    """SPOS: Stein's force through the optimizer first, then sampling in steps of their own.
+    r"""SPOS: Stein's force through the optimizer first, then sampling in steps of their own.
 
     With ``kernel=Separate(), langevin=0`` it is SGLD, heads without interaction.
 
+    After the transient the optimizer moves everything but the heads, and its learning rate is η of
+    their steps. Noise of :math:`\sqrt{2 \eta \alpha P}` is much larger than what the optimizer did
+    at the same rate, so let the rate fall where heads begin to sample; they diverge at too large a
+    one. The optimizer's weight decay does not reach them: give ``Repulsion`` a ``prior``.
+
     Args:
-        warmup_steps: Steps of the transient. After it the optimizer still moves everything else,
-            while its learning rate is η of the heads' own steps.
+        warmup_steps: For each partition, steps before heads are samples: half of them the
+            transient, half burn-in.
         kernel: Between heads in the space of their weights; RBF with the paper's bandwidth.
         langevin: τ.
         noise: ``"exact"``, or ``"paper"``, under which few heads vary too little.
@@ -128,8 +135,16 @@ class SteinDiffusion:
         return HeadMotion(parts, terms.squared_bandwidth, gradient=gradient)
 
 
+class Phase(IntEnum):
+    """Of the heads of a partition: as the optimizer has it, in their own steps, or sampling."""
+
+    TRANSIENT = 0
+    BURN_IN = 1
+    SAMPLING = 2
+
+
 class DiffusionState:
-    """What was measured in the transient and is frozen after it, for each partition by its name.
+    """What is measured in the warm-up and then frozen, for each partition by its name.
 
     Args:
         method: The settings.
@@ -137,41 +152,59 @@ class DiffusionState:
 
     def __init__(self, method: SteinDiffusion):
         self.method = method
-        self.counts: dict[str, int] = {}
+        self.num_steps: dict[str, int] = {}
+        self.counts: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.kernels: dict[str, Kernel] = {}
-        self._frozen: dict[tuple[str, ...], tuple[Kernel, Tensor]] = {}
+        self._stacked: tuple[tuple[str, ...], Kernel] | None = None
+
+    def phase(self, name: str) -> Phase:
+        """Where a partition is in its warm-up."""
+        num_steps, warmup_steps = self.num_steps.get(name, 0), self.method.warmup_steps
+        if num_steps >= warmup_steps:
+            return Phase.SAMPLING
+        return Phase.TRANSIENT if num_steps < (warmup_steps + 1) // 2 else Phase.BURN_IN
 
     def measure(self, names: Sequence[str], drive: Float[Tensor, "system head dim"]) -> None:
         """Take the gradients of a step of the transient into their means.
 
         All of its steps count alike: gradients at a mode are small, and say nothing of how far a
-        step may go.
+        step may go. Those that are not finite, or all zero, do not count.
         """
         for name, square in zip(names, drive.square().mean(-2), strict=True):
-            self.counts[name] = self.counts.get(name, 0) + 1
-            before = self.squares.get(name, square)
-            self.squares[name] = before.lerp(square, 1 / self.counts[name])
+            self.num_steps[name] = self.num_steps.get(name, 0) + 1
+            before = self.squares.get(name, torch.zeros_like(square))
+            count = self.counts.get(name, torch.zeros_like(square[0]))
+            counts = square.isfinite().all() & square.any()
+            count = count + counts
+            mean = before + (square - before) / count.clamp_min(1)
+            self.counts[name], self.squares[name] = count, torch.where(counts, mean, before)
 
     def preconditioner(
         self, names: Sequence[str], like: Float[Tensor, "system head dim"]
     ) -> Float[Tensor, "system #head #dim"]:
-        """P of some partitions; one where no gradient was seen."""
-        missing = torch.ones_like(like[0, 0])
+        """P of some partitions; zero, so that they stay, where no gradient was seen."""
         if self.method.preconditioner == "none":
-            return missing.expand(len(names), 1, -1)
-        roots = torch.stack([self.squares.get(name, missing) for name in names]).sqrt()
-        floor = _FLOOR * roots.mean(-1, keepdim=True) + torch.finfo(roots.dtype).tiny
-        return torch.maximum(roots, floor).reciprocal()[:, None]
+            return torch.ones_like(like[:, :1, :1])
+        zeros = torch.zeros_like(like[0, 0])
+        roots = torch.stack([self.squares.get(name, zeros) for name in names]).sqrt()
+        mean = roots.mean(-1, keepdim=True)
+        scale = torch.maximum(roots, _FLOOR * mean).reciprocal()
+        return torch.where(mean > 0, scale, 0.0)[:, None]
 
-    def frozen(
-        self, names: tuple[str, ...], particles: Float[Tensor, "system head dim"]
-    ) -> tuple[Kernel, Float[Tensor, "system #head #dim"]]:
-        """Kernel and P as they were when the transient ended, for some partitions at once."""
-        if names not in self._frozen:
-            metric = self.preconditioner(names, particles)
-            self._frozen[names] = self._kernel(names, particles), metric
-        return self._frozen[names]
+    def kernel(self, names: tuple[str, ...], particles: Float[Tensor, "system head dim"]) -> Kernel:
+        """The kernel of some partitions: it follows their heads until the warm-up ends."""
+        if self.phase(names[0]) is not Phase.SAMPLING:
+            return self.method.kernel
+        for name, heads in zip(names, particles, strict=True):
+            if name not in self.kernels:
+                self.kernels[name] = self.method.kernel.frozen(heads)
+        # Stacked once, as long as the same layers are trained.
+        if self._stacked is None or self._stacked[0] != names:
+            kernels = [self.kernels[name] for name in names]
+            constants = [torch.stack(each) for each in zip(*map(tensors_of, kernels), strict=True)]
+            self._stacked = names, with_tensors(kernels[0], constants)
+        return self._stacked[1]
 
     def moved(
         self,
@@ -181,10 +214,12 @@ class DiffusionState:
         normal: Float[Tensor, "system head dim"],
         alpha: Number,
     ) -> HeadMotion:
-        """Take a step of the heads' own, with what was frozen; the gradient is left as it is."""
-        kernel, metric = self.frozen(names, particles)
-        terms = kernel(particles)
+        """Take a step of the heads' own; the gradient is left as it is."""
+        terms = self.kernel(names, particles)(particles)
+        metric = self.preconditioner(names, particles)
         parts, fluctuation = self.method.forces(terms, drive, normal, alpha)
+        for name in names:
+            self.num_steps[name] = self.num_steps.get(name, 0) + 1
 
         def move(rate: Number | Tensor) -> Tensor:
             drift = rate * metric * (parts.drive + parts.repulsion)
@@ -195,6 +230,7 @@ class DiffusionState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors by the partitions' names."""
         return {
+            "num_steps": dict(self.num_steps),
             "counts": dict(self.counts),
             "squares": dict(self.squares),
             "kernels": {name: tensors_of(kernel) for name, kernel in self.kernels.items()},
@@ -209,11 +245,12 @@ class DiffusionState:
             state: Of :meth:`state_dict`.
             particles: Heads of each partition, whose types and devices the tensors take.
         """
-        self._frozen = {}
-        self.counts = dict(state["counts"])
-        self.squares = {
-            name: square.to(particles[name].device) for name, square in state["squares"].items()
-        }
+        self._stacked = None
+        self.num_steps = dict(state["num_steps"])
+        self.counts, self.squares = (
+            {name: tensor.to(particles[name].device) for name, tensor in state[field].items()}
+            for field in ("counts", "squares")
+        )
         self.kernels = {
             name: with_tensors(
                 self.method.kernel.frozen(particles[name]),
@@ -222,34 +259,15 @@ class DiffusionState:
             for name, constants in state["kernels"].items()
         }
 
-    def _kernel(self, names: tuple[str, ...], particles: Tensor) -> Kernel:
-        for name, heads in zip(names, particles, strict=True):
-            if name not in self.kernels:
-                self.kernels[name] = self.method.kernel.frozen(heads)
-        kernels = [self.kernels[name] for name in names]
-        constants = [torch.stack(parts) for parts in zip(*map(tensors_of, kernels), strict=True)]
-        return with_tensors(kernels[0], constants)
-
 
 def check_diffusion(
-    method: SteinDiffusion,
-    partitions: Iterable[HeadPartition],
-    optimizer: torch.optim.Optimizer,
-    *,
-    is_decoupled: bool,
+    method: SteinDiffusion, optimizer: torch.optim.Optimizer, *, is_decoupled: bool
 ) -> None:
-    """Refuse weights whose steps would be lost, and warn of noise that has no temperature.
+    """Warn of noise that has no temperature.
 
     Raises:
-        ValueError: If weights are narrower than float32, or settings do not go together.
+        ValueError: If settings do not go together.
     """
-    for part in partitions:
-        for parameter in part.parameters:
-            if torch.finfo(parameter.dtype).bits < 32:
-                raise ValueError(
-                    f"{part.name}: steps of a diffusion are below the resolution of "
-                    f"{parameter.dtype}; expected weights of float32 or wider"
-                )
     if not method.faithful:
         return
     if is_decoupled:
@@ -263,3 +281,18 @@ def check_diffusion(
             f"{type(optimizer).__name__} is not calibrated, and samples no posterior",
             stacklevel=4,
         )
+
+
+def check_resolution(partitions: Iterable[HeadPartition]) -> None:
+    """Refuse weights in which small steps are lost.
+
+    Raises:
+        ValueError: If they are narrower than float32.
+    """
+    for part in partitions:
+        for parameter in part.parameters:
+            if torch.finfo(parameter.dtype).bits < 32:
+                raise ValueError(
+                    f"{part.name}: steps past the optimizer are below the resolution of "
+                    f"{parameter.dtype}; expected weights of float32 or wider"
+                )

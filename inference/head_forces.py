@@ -24,7 +24,6 @@ from torch import Tensor
 
 from bayesattn.inference.directions import stein_direction, wasserstein_direction
 from bayesattn.kernels import IMQ, RBF, Kernel
-from bayesattn.kernels.distances import full_precision
 from bayesattn.networks import Circuits, HeadBatch, circuit_products, head_circuits
 
 __all__ = ["CircuitForce", "ForceParts", "HeadForce", "SteinForce", "WassersteinForce"]
@@ -70,7 +69,8 @@ class SteinForce:
 
     In many dimensions the heads are about equally far from each other. The paper's bandwidth then
     gives other heads a weight of 1 / (M + 1), the median rule 1 / e and more, so that gradients of
-    the heads become nearly one.
+    the heads become nearly one. Heads that start at one place stay there, whatever their gradients,
+    such as queries that are all zero at first; under :class:`WassersteinForce` they part.
 
     Args:
         kernel: Between heads in the space of their weights; RBF with the paper's bandwidth.
@@ -121,9 +121,10 @@ class CircuitForce:
     """As :class:`WassersteinForce`, but with distances between the heads' circuits.
 
     For partitions of two roles, queries with keys or values with outputs, without biases or with
-    those of both: ``head_partitions(model, ("query", "key"), joint=True)``. The push turns with the
-    gauge, and leaves each head's circuit to itself. Rotary embeddings stand between queries and
-    keys; the circuits are then those of a query and a key at one place.
+    those of both: ``head_partitions(model, ("query", "key"), joint=True)``. Distances are the same
+    in every gauge, and the push of a head turns with rotations of its own weights. Rotary
+    embeddings stand between queries and keys; the circuits are then those of a query and a key at
+    one place.
 
     Stein's force has no such form: it adds up what other heads' weights feel, and weights of two
     heads are in gauges of their own.
@@ -165,8 +166,7 @@ def _squared_distances(
     moved: Circuits, fixed: Circuits
 ) -> tuple[Float[Tensor, "system head other_head"], Float[Tensor, "system head"]]:
     """Between circuits, as functions of the first ones alone, and the squared norms of all."""
-    with full_precision(moved.left):
-        products = circuit_products(moved, fixed)
+    products = circuit_products(moved, fixed)
     own = products.diagonal(dim1=-2, dim2=-1)
     norms = own.detach()
     # The squared norm's value and gradient from its linear part, and exact zeros on the diagonal.

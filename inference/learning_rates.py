@@ -14,9 +14,16 @@ class LearningRates:
 
     Args:
         optimizer: Looked at anew at each use, since schedules change rates and groups are added.
+
+    Raises:
+        ValueError: If it climbs, so that every force would be turned around.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
+        if any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: expected one that goes down the gradients, got maximize=True"
+            )
         self._optimizer = optimizer
 
     def of(self, heads: HeadBatch) -> Number | Tensor:
@@ -46,7 +53,7 @@ class LearningRates:
         Raises:
             ValueError: So.
         """
-        _single(part, self._by_parameter())
+        _rates(part, self._by_parameter())
 
     def _by_parameter(self) -> dict[int, Number | Tensor]:
         return {
@@ -56,14 +63,18 @@ class LearningRates:
         }
 
 
-def _single(part: HeadPartition, found: dict[int, Number | Tensor]) -> Number | Tensor:
+def _rates(part: HeadPartition, found: dict[int, Number | Tensor]) -> list[Number | Tensor]:
     missing = [parameter for parameter in part.parameters if id(parameter) not in found]
     if missing:
         raise ValueError(
             f"{part.name}: expected heads that the optimizer trains, but it does not; give "
             "heads=[...] without them, or freeze them"
         )
-    first, *others = [found[id(parameter)] for parameter in part.parameters]
+    return [found[id(parameter)] for parameter in part.parameters]
+
+
+def _single(part: HeadPartition, found: dict[int, Number | Tensor]) -> Number | Tensor:
+    first, *others = _rates(part, found)
     for other in others:
         if other is not first and (isinstance(other, Tensor) or other != first):
             raise ValueError(f"{part.name}: expected one learning rate, got {first} and {other}")

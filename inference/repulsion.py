@@ -12,25 +12,36 @@ Source:
 """
 
 import copy
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from bayesattn.inference.head_diffusion import DiffusionState, SteinDiffusion, check_diffusion
+from bayesattn.inference.head_diffusion import (
+    DiffusionState,
+    Phase,
+    SteinDiffusion,
+    check_diffusion,
+    check_resolution,
+)
 from bayesattn.inference.head_forces import HeadForce, SteinForce
 from bayesattn.inference.head_motion import HeadMotion, Move, RepulsionInfo, forced
 from bayesattn.inference.learning_rates import LearningRates
-from bayesattn.inference.noise_generators import NoiseGenerators
 from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.schedules import Number
+from bayesattn.inference.step_noise import StepNoise
 from bayesattn.kernels import Kernel
 from bayesattn.networks import HeadBatch, HeadPartition, head_batches, head_partitions
 
 __all__ = ["Repulsion"]
+
+# A scaler skips some steps at its beginning.
+_MOST_UNAPPLIED = 20
 
 
 class Repulsion:
@@ -48,7 +59,8 @@ class Repulsion:
 
     The loss is a mean over examples. Nothing waits for the device. Under
     :class:`torch.nn.parallel.DistributedDataParallel` all processes compute the same; noise has the
-    seed of the first. Layers that were not called (no gradients) and frozen ones are left alone.
+    seed of the first. Layers without gradients and frozen ones are left alone; a layer that was not
+    called has none if they are set to None, as ``zero_grad()`` does.
 
     Args:
         model: Any module with attention layers; compiled and wrapped ones as well.
@@ -97,19 +109,22 @@ class Repulsion:
                 f"method: expected a force, such as SteinForce({method!r}), got a kernel"
             )
         self.method = SteinForce() if method is None else method
-        self.partitions = tuple(head_partitions(model) if heads is None else heads)
+        self.partitions = tuple(head_partitions(_unwrapped(model)) if heads is None else heads)
         self.alpha, self.num_data = _scale(num_data, temperature, alpha, prior)
         self.prior, self.decoupled = _unvalidated(prior), decoupled
         self.num_steps = 0
         self._rates = LearningRates(optimizer)
         self._check_partitions()
+        if decoupled or isinstance(self.method, SteinDiffusion):
+            check_resolution(self.partitions)
         self._diffusion: DiffusionState | None = None
         if isinstance(self.method, SteinDiffusion):
-            check_diffusion(self.method, self.partitions, optimizer, is_decoupled=decoupled)
+            check_diffusion(self.method, optimizer, is_decoupled=decoupled)
             self._diffusion = DiffusionState(self.method)
         device = self.partitions[0].parameters[0].device
-        self._noise = NoiseGenerators(seed, device)
+        self._noise = StepNoise(seed, device)
         self._pending: list[tuple[HeadBatch, Move]] = []
+        self._num_unapplied = 0
         self._written: list[tuple[weakref.ref[Tensor], int]] = []
         self._figures: list[tuple[HeadBatch, RepulsionInfo]] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
@@ -124,9 +139,21 @@ class Repulsion:
                 rates where that matters.
         """
         self._refuse_repetition()
-        self._pending, self._figures = [], []
+        self._forget_moves()
         active = [part for part in self.partitions if part.has_gradient and _is_trained(part)]
-        for heads in head_batches(active):
+        if not active:
+            warnings.warn(
+                "Repulsion.step(): no head has a gradient; call it between backward() and the "
+                "optimizer's step",
+                stacklevel=2,
+            )
+            return
+        # Heads that began to be trained later have a warm-up of their own. All are grouped before
+        # any of them goes on in its own.
+        phases: dict[Phase, list[HeadPartition]] = {}
+        for part in active:
+            phases.setdefault(self._phase(part), []).append(part)
+        for heads in (heads for group in phases.values() for heads in head_batches(group)):
             particles = heads.particles()
             motion = self._motion(heads, particles, self._drive(heads, particles))
             if motion.gradient is not None:
@@ -144,24 +171,37 @@ class Repulsion:
 
     @property
     def info(self) -> dict[str, RepulsionInfo]:
-        """Figures of the last step by the partitions' names."""
-        return {
+        """Figures of the last step by the partitions' names, in their order."""
+        found = {
             name: RepulsionInfo(*(figure[index] for figure in figures))
             for heads, figures in self._figures
             for index, name in enumerate(heads.names)
         }
+        return {part.name: found[part.name] for part in self.partitions if part.name in found}
+
+    @property
+    def alpha(self) -> Number:
+        """Weight of the repulsion."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: Number) -> None:
+        if alpha != 0:
+            check_positive("alpha", alpha)
+        self._alpha = alpha
 
     def remove(self) -> None:
         """Take the hook off the optimizer."""
         self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps so far, α, the noise's generators, and what was measured in a transient."""
+        """Steps so far, α, the noise's seed, and what was measured in a transient."""
         return {
             "partitions": [part.name for part in self.partitions],
             "num_steps": self.num_steps,
             "alpha": self.alpha,
-            "noise": self._noise.state_dict(),
+            "seed": self._noise.seed,
+            "method": repr(self.method),
             "diffusion": None if self._diffusion is None else self._diffusion.state_dict(),
         }
 
@@ -177,21 +217,30 @@ class Repulsion:
                 f"state: expected partitions {', '.join(names)}, "
                 f"got {', '.join(state['partitions'])}"
             )
-        if (state["diffusion"] is None) != (self._diffusion is None):
-            raise ValueError(f"state: expected one of {self.method!r}, got one of another method")
+        is_diffusion = self._diffusion is not None or state["diffusion"] is not None
+        if is_diffusion and state["method"] != repr(self.method):
+            raise ValueError(
+                f"state: expected one of {self.method!r}, got one of another method: "
+                f"{state['method']}"
+            )
         self.num_steps, self.alpha = state["num_steps"], state["alpha"]
-        self._noise.load_state_dict(state["noise"])
-        if self._diffusion is not None:
+        self._noise.seed = state["seed"]
+        self._pending, self._written, self._num_unapplied = [], [], 0
+        if self._diffusion is not None and state["diffusion"] is not None:
             particles = {part.name: part.particles() for part in self.partitions}
             self._diffusion.load_state_dict(state["diffusion"], particles)
 
     @property
     def is_sampling(self) -> bool:
-        """Whether heads take steps of their own: a diffusion after its transient."""
-        method = self.method
-        if not isinstance(method, SteinDiffusion) or method.faithful:
+        """Whether the heads are samples: a diffusion after all its partitions' warm-up."""
+        if not isinstance(self.method, SteinDiffusion):
             return False
-        return self.num_steps >= method.warmup_steps
+        if self._diffusion is None or self.method.faithful:
+            return self.method.faithful
+        return all(self._phase(part) is Phase.SAMPLING for part in self.partitions)
+
+    def _phase(self, part: HeadPartition) -> Phase:
+        return Phase.TRANSIENT if self._diffusion is None else self._diffusion.phase(part.name)
 
     def _drive(self, heads: HeadBatch, particles: Tensor) -> Tensor:
         # In place: a copy of the gradients, and as large as the heads.
@@ -208,15 +257,29 @@ class Repulsion:
         if not isinstance(method, SteinDiffusion):
             return forced(method, heads, particles, drive, alpha, is_decoupled=self.decoupled)
         if method.faithful:
-            normal, rate = self._noise.normal(particles), self._rates.of(heads)
+            normal, rate = self._normal(heads, particles), self._rates.of(heads)
             return method.through_optimizer(particles, drive, normal, alpha, rate)
         assert diffusion is not None
-        if self.is_sampling:
-            return diffusion.moved(
-                heads.names, particles, drive, self._noise.normal(particles), alpha
-            )
+        if diffusion.phase(heads.names[0]) is not Phase.TRANSIENT:
+            normal = self._normal(heads, particles)
+            return diffusion.moved(heads.names, particles, drive, normal, alpha)
         diffusion.measure(heads.names, drive)
         return forced(method.force, heads, particles, drive, alpha, is_decoupled=self.decoupled)
+
+    def _normal(self, heads: HeadBatch, particles: Tensor) -> Tensor:
+        place = self.partitions.index(heads.partitions[0])
+        return self._noise.normal(particles, self.num_steps, place)
+
+    def _forget_moves(self) -> None:
+        """Begin a step; moves of the last one are lost if the optimizer made none."""
+        self._num_unapplied = self._num_unapplied + 1 if self._pending else 0
+        if self._num_unapplied == _MOST_UNAPPLIED:
+            warnings.warn(
+                f"Repulsion: in the last {_MOST_UNAPPLIED} steps heads were not moved, since the "
+                "optimizer that it was made with has made no step",
+                stacklevel=3,
+            )
+        self._pending, self._figures = [], []
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         """Move heads by what is not the optimizer's business, unless it skipped its step."""
@@ -231,7 +294,7 @@ class Repulsion:
 
     def _refuse_repetition(self) -> None:
         seen = [(gradient(), version) for gradient, version in self._written]
-        if seen and all(g is not None and g._version == version for g, version in seen):
+        if any(g is not None and g._version == version for g, version in seen):
             raise RuntimeError(
                 "Repulsion.step() was called twice on the same gradients: call it once for each "
                 "step of the optimizer"
@@ -246,11 +309,32 @@ class Repulsion:
         names = [part.name for part in self.partitions]
         if len(set(names)) < len(names):
             raise ValueError(f"heads: expected partitions of different names, got {names}")
+        _check_regions(self.partitions)
         trained = [part for part in self.partitions if part.requires_grad]
         if not trained:
             raise ValueError("model: expected heads that are trained, but all are frozen")
         for part in trained:
             self._rates.check(part)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what wraps it as a whole, so that names are its own."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_regions(partitions: Sequence[HeadPartition]) -> None:
+    """Refuse partitions that share weights, which would be pushed twice."""
+    seen: list[tuple[HeadPartition, tuple[int, int, int, int]]] = []
+    for part in partitions:
+        regions = list(part.regions())
+        for other, (parameter, axis, start, stop) in seen:
+            for own in regions:
+                if own[:2] == (parameter, axis) and own[2] < stop and start < own[3]:
+                    raise ValueError(f"heads: {part.name} shares weights with {other.name}")
+        seen += [(part, region) for region in regions]
 
 
 def _scale(
@@ -271,8 +355,6 @@ def _scale(
             f"give alpha or temperature, since alpha = temperature / num_data: "
             f"got {alpha} and {temperature}"
         )
-    if alpha != 0:
-        check_positive("alpha", alpha)
     return alpha, num_data
 
 

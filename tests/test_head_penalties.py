@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bayesattn import HeadPenalty, StructuredSelfAttention
 from bayesattn.head_penalties import (
@@ -116,6 +117,37 @@ def test_descending_a_penalty_makes_heads_differ(penalty, rows, generator):
         diversity.loss().backward()
         optimizer.step()
     assert spread() > 5 * before
+
+
+def test_calls_of_a_layer_count_as_one_layer(generator):
+    model = Classifier(EMBED, HEADS)
+    tokens = torch.randn(2, TOKENS, EMBED, generator=generator)
+    penalty = HeadPenalty(model, orthogonality_penalty)
+    values = []
+    for layer, some in ((0, tokens), (0, tokens[:1]), (1, tokens)):
+        with penalty.observe():
+            model.layers[layer](some, some, some)
+        values.append(penalty.loss())
+    with penalty.observe():
+        for layer, some in ((0, tokens), (0, tokens[:1]), (1, tokens)):
+            model.layers[layer](some, some, some)
+    expected = ((values[0] + values[1]) / 2 + values[2]) / 2
+    torch.testing.assert_close(penalty.loss(), expected)
+
+
+def test_activation_checkpointing_is_refused(generator):
+    model = Classifier(EMBED, HEADS)
+    tokens = torch.randn(2, TOKENS, EMBED, generator=generator)
+    penalty = HeadPenalty(model, cosine_penalty)
+    with pytest.raises(RuntimeError, match="activation checkpointing"), penalty.observe():
+        checkpoint(model, tokens, use_reentrant=False)
+
+
+def test_products_are_in_full_precision_under_autocast(generator):
+    weights = torch.softmax(torch.randn(2, HEADS, TOKENS, generator=generator), -1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonality_penalty(weights)
+    assert torch.equal(found, orthogonality_penalty(weights))
 
 
 def test_nothing_observed_is_an_error(generator):

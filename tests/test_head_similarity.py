@@ -54,6 +54,25 @@ def test_alignment_does_not_see_rotations_scales_and_shifts():
     torch.testing.assert_close(centered_kernel_alignment(flat), torch.eye(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_samples_that_are_equal_up_to_rounding_are_no_differences(dtype, scale):
+    constants = torch.tensor([3.3, 2.31], dtype=dtype)[:, None, None]
+    found = centered_kernel_alignment(scale * constants.expand(2, 11, DIM))
+    torch.testing.assert_close(found, torch.eye(2, dtype=dtype))
+    features = scale * seeded(0, 2, 11, DIM).to(dtype)
+    torch.testing.assert_close(
+        centered_kernel_alignment(features), centered_kernel_alignment(features / scale)
+    )
+
+
+def test_what_is_not_finite_has_no_effective_number():
+    similarity = torch.stack([torch.eye(2), torch.full((2, 2), torch.nan)])
+    found = effective_heads(similarity)
+    assert found[0] == pytest.approx(2)
+    assert found[1].isnan()
+
+
 def test_divergence_by_its_definition():
     weights = torch.softmax(seeded(0, 2, HEADS, QUERIES, KEYS), -1)
     found = jensen_shannon(weights)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.kernels.distances import full_precision
 from bayesattn.networks.stacked_heads import HeadBatch
 
 __all__ = ["Circuits", "circuit_products", "head_circuits"]
@@ -63,8 +64,9 @@ def head_circuits(heads: HeadBatch, particles: Float[Tensor, "system head dim"])
 
 def circuit_products(one: Circuits, other: Circuits) -> Float[Tensor, "*batch head other_head"]:
     """Inner products of the circuits of heads with those of other heads."""
-    left, right = (
-        torch.einsum("...hgad,...tgbd->...htgab", factor, with_factor)
-        for factor, with_factor in zip(one, other, strict=True)
-    )
+    with full_precision(one.left):
+        left, right = (
+            torch.einsum("...hgad,...tgbd->...htgab", factor, with_factor)
+            for factor, with_factor in zip(one, other, strict=True)
+        )
     return (left * right).sum((-3, -2, -1))

@@ -38,7 +38,9 @@ class Forces(Protocol):
 def head_similarity(
     statistics: Mapping[str, HeadStatistics], *, title: str | None = None
 ) -> Figure:
-    """Draw, for each layer, how alike every two of its heads are; the darker, the more alike.
+    """Draw, for each layer, how alike every two of its heads are.
+
+    Of CKA and divergence, the darker, the more alike; cosines are red, or blue where negative.
 
     Args:
         statistics: By layer, of :func:`bayesattn.head_statistics`.

@@ -11,6 +11,7 @@ from bayesattn.inference import Repulsion, SteinDiffusion
 from bayesattn.inference.directions import stein_direction
 from bayesattn.inference.head_diffusion import DiffusionState
 from bayesattn.inference.head_forces import SteinForce
+from bayesattn.inference.step_noise import StepNoise
 from bayesattn.kernels import IMQ, RBF, Linear, Separate
 from bayesattn.networks import HeadPartition, HeadSlice, head_batches, head_partitions
 from tests.heads import Classifier, loss_of
@@ -140,12 +141,12 @@ def test_the_transient_is_svgd_and_measures_the_gradients():
         model = Classifier()
     twin = copy.deepcopy(model)
     pairs = []
-    for net, method in ((model, SteinDiffusion(3)), (twin, SteinForce())):
+    for net, method in ((model, SteinDiffusion(5)), (twin, SteinForce())):
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
         repulsion = Repulsion(net, optimizer, method=method, num_data=50, seed=0)
         pairs.append((net, optimizer, repulsion))
     drives = []
-    for step in range(4):
+    for step in range(6):
         for net, optimizer, repulsion in pairs:
             optimizer.zero_grad()
             loss_of(net, torch.Generator().manual_seed(step)).backward()
@@ -154,7 +155,7 @@ def test_the_transient_is_svgd_and_measures_the_gradients():
             optimizer.step()
         alike = torch.equal(model.layers[0].in_proj_weight, twin.layers[0].in_proj_weight)
         assert alike == (step < 3)
-        assert pairs[0][2].is_sampling == (step >= 2)
+        assert pairs[0][2].is_sampling == (step >= 4)
     expected = torch.stack(drives[:3]).square().mean((0, 1))
     state = pairs[0][2].state_dict()["diffusion"]
     torch.testing.assert_close(state["squares"]["layers.0.query"], expected)
@@ -166,7 +167,7 @@ def test_preconditioners_are_one_for_all_heads_and_floored():
     state.measure(["a"], drive)
     root = 5**0.5
     found = state.preconditioner(["a", "unseen"], torch.zeros(2, 2, 2))
-    expected = torch.tensor([[[1 / root, 1 / (0.01 * root / 2)]], [[1.0, 1.0]]])
+    expected = torch.tensor([[[1 / root, 1 / (0.01 * root / 2)]], [[0.0, 0.0]]])
     torch.testing.assert_close(found, expected)
 
 
@@ -183,7 +184,7 @@ def test_published_noise_through_sgd_is_that_of_langevin_steps(generator):
     before, gradients = heads.particles(), heads.gradients()
     repulsion.step()
     optimizer.step()
-    normal = torch.randn(before.shape, generator=torch.Generator().manual_seed(5))
+    normal = StepNoise(5, before.device).normal(before, 0, 0)
     along, away, _ = SteinForce(RBF(1.0))(heads, before, -gradients)
     drift = along + 0.2 * away - 0.5 * gradients
     expected = before + 0.1 * drift + (2 * 0.1 * 0.2 * 0.5) ** 0.5 * normal
@@ -193,9 +194,117 @@ def test_published_noise_through_sgd_is_that_of_langevin_steps(generator):
     repulsion.step()
     optimizer.step()
     torch.testing.assert_close(heads.particles(), expected)
-    for make in (torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)):
+    sgd = torch.optim.SGD
+    momentum, decay = (functools.partial(sgd, **{k: 0.9}) for k in ("momentum", "weight_decay"))
+    for make in (torch.optim.Adam, momentum, decay):
         with pytest.warns(UserWarning, match="not calibrated"):
             Repulsion(model, make(model.parameters(), lr=0.1), method=method, alpha=0.2)
+
+
+def trained(model, method, num_steps, *, damage=None, **settings):
+    """Repulsion after some steps of Adam; ``damage`` changes the gradients before it acts."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    repulsion = Repulsion(model, optimizer, method=method, num_data=50, seed=0, **settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, torch.Generator().manual_seed(step))).backward()
+        if damage is not None:
+            damage(step)
+        scaler.unscale_(optimizer)
+        repulsion.step()
+        scaler.step(optimizer)
+        scaler.update()
+    return repulsion
+
+
+@pytest.fixture
+def model():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Classifier(embed_dim=6, num_heads=3)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_overflow_in_the_transient_is_not_measured(model, step):
+    """Scalers overflow in their first steps. Mutant: infinity in the means, for good."""
+
+    def damage(now):
+        if now == step:
+            model.layers[0].in_proj_weight.grad[0, 0] = torch.inf
+
+    trained(model, SteinDiffusion(4), 7, damage=damage)
+    assert all(part.particles().isfinite().all() for part in head_partitions(model))
+
+
+def test_heads_without_gradients_in_the_transient_stay(model):
+    """As layers that are not called are, where gradients are set to zero."""
+    before = model.layers[0].in_proj_weight.detach().clone()
+
+    def damage(step):
+        model.layers[0].in_proj_weight.grad.zero_()
+
+    trained(model, SteinDiffusion(2, RBF(1.0)), 6, damage=damage, alpha=0.0)
+    assert torch.equal(model.layers[0].in_proj_weight, before)
+
+
+def test_the_kernel_is_frozen_when_the_burn_in_ends(model):
+    """Each system has its own. Mutants: frozen at the end of the transient; one for all."""
+    method = SteinDiffusion(4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    repulsion = Repulsion(model, optimizer, method=method, num_data=50, seed=0)
+    bandwidths, frozen = [], []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        bandwidths.append({n: RBF("paper").squared_bandwidth(x) for n, x in heads_of(model)})
+        repulsion.step()
+        optimizer.step()
+        frozen.append({name: info.bandwidth.square() for name, info in repulsion.info.items()})
+    for step in range(8):
+        for name, squared in frozen[step].items():
+            torch.testing.assert_close(squared, bandwidths[min(step, 4)][name])
+    assert len({float(squared) for squared in frozen[-1].values()}) == 6
+    assert frozen[4] != bandwidths[2]
+
+
+def heads_of(model):
+    return [(part.name, part.particles().clone()) for part in head_partitions(model)]
+
+
+def test_a_layer_that_thaws_has_a_warm_up_of_its_own(model):
+    model.layers[1].requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    method = SteinDiffusion(2)
+    repulsion = Repulsion(model, optimizer, method=method, num_data=50, seed=0)
+    for step in range(6):
+        if step == 3:
+            model.layers[1].requires_grad_(True)
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        repulsion.step()
+        state = repulsion.state_dict()["diffusion"]
+        assert len(state["squares"]) == (3 if step < 3 else 6)
+        assert len(state["kernels"]) == {2: 3, 3: 3, 4: 3}.get(step, 0 if step < 2 else 6)
+        optimizer.step()
+
+
+def test_the_transient_is_decoupled_where_asked(model):
+    twin = copy.deepcopy(model)
+    trained(model, SteinDiffusion(2), 1, decoupled=True)
+    trained(twin, SteinForce(), 1, decoupled=True)
+    for (_, one), (_, other) in zip(heads_of(model), heads_of(twin), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_noise_is_told_by_seed_step_and_place():
+    like = torch.zeros(2, 3)
+    noise = [StepNoise(5, like.device) for _ in range(2)]
+    draws = [noise[0].normal(like, *at) for at in ((0, 0), (0, 1), (1, 0))]
+    assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))
+    # Whatever was drawn before.
+    assert torch.equal(noise[1].normal(like, 1, 0), draws[2])
+    assert not torch.equal(StepNoise(-5, like.device).normal(like, 1, 0), draws[2])
 
 
 def test_settings_that_do_not_go_together_are_refused(unchecked_types):
@@ -212,8 +321,9 @@ def test_settings_that_do_not_go_together_are_refused(unchecked_types):
     with torch.random.fork_rng(devices=[]):
         model = Classifier(dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"layers.0.query: .* float32 or wider"):
-        Repulsion(model, optimizer, method=SteinDiffusion(3), alpha=0.2)
+    for settings in ({"method": SteinDiffusion(3)}, {"decoupled": True}):
+        with pytest.raises(ValueError, match=r"layers.0.query: .* float32 or wider"):
+            Repulsion(model, optimizer, alpha=0.2, **settings)
     model.float()
     method = SteinDiffusion(0, faithful=True)
     with pytest.raises(ValueError, match="decoupled=False"):

@@ -87,14 +87,14 @@ def test_alpha_is_the_temperature_over_the_number_of_examples(model):
 def test_a_prior_joins_the_loss_at_its_share(model, prior):
     twin = copy.deepcopy(model)
     wasserstein = functools.partial(Repulsion, method=WassersteinForce(), num_data=40)
-    repulsion = wasserstein(model, SGD(model.parameters()), prior=prior)
+    repulsion = wasserstein(model, SGD(model.parameters()), prior=prior, temperature=3.0)
     loss_of(model).backward()
     repulsion.step()
     loss = loss_of(twin)
     for layer in twin.layers:
         loss = loss - prior.log_prob(layer.in_proj_weight).sum() / 40
     loss.backward()
-    wasserstein(twin, SGD(twin.parameters())).step()
+    wasserstein(twin, SGD(twin.parameters()), temperature=3.0).step()
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, gradients_of(twin)[name])
 
@@ -146,10 +146,17 @@ def test_learning_rates_may_differ_by_layer(model):
         torch.testing.assert_close(moved[f"layers.1.{role}"], 0.001 * info[1])
     groups = [{"params": [p], "lr": 10.0**-i} for i, p in enumerate(twin.parameters())]
     heads = head_partitions(twin, biases=True)
-    mixed = Repulsion(twin, ADAM([*groups]), alpha=0.2, decoupled=True)
-    assert mixed.partitions
-    with pytest.raises(ValueError, match="expected one learning rate"):
-        Repulsion(twin, ADAM(groups), heads=heads, alpha=0.2)
+    for decoupled in (False, True):
+        optimizer = ADAM(groups)
+        repulsion = Repulsion(twin, optimizer, heads=heads, alpha=0.2, decoupled=decoupled)
+        optimizer.zero_grad()
+        loss_of(twin).backward()
+        repulsion.step()
+        if not decoupled:
+            optimizer.step()
+            continue
+        with pytest.raises(ValueError, match="expected one learning rate"):
+            optimizer.step()
 
 
 def test_a_learning_rate_on_the_device_is_followed(model):
@@ -203,6 +210,9 @@ def test_stepping_twice_on_the_same_gradients_is_refused(model):
     repulsion = Repulsion(model, optimizer, alpha=0.2)
     loss_of(model).backward()
     repulsion.step()
+    with pytest.raises(RuntimeError, match="twice on the same gradients"):
+        repulsion.step()
+    model.layers[1].in_proj_weight.grad.mul_(0.5)
     with pytest.raises(RuntimeError, match="twice on the same gradients"):
         repulsion.step()
     optimizer.step()
@@ -279,9 +289,9 @@ def test_autocast_around_the_step_changes_nothing(model):
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_training_goes_on_from_saved_states_as_if_it_had_not_stopped(model, method, tmp_path):
-    def begin(net):
+    def begin(net, **changes):
         optimizer = ADAM(net.parameters())
-        options = {"method": method, "num_data": 50, "decoupled": True, "seed": 3}
+        options = {"method": method, "num_data": 50, "decoupled": True, "seed": 3} | changes
         return net, optimizer, Repulsion(net, optimizer, **options)
 
     def train(net, optimizer, repulsion, steps):
@@ -291,7 +301,9 @@ def test_training_goes_on_from_saved_states_as_if_it_had_not_stopped(model, meth
             repulsion.step()
             optimizer.step()
 
-    whole, first, second = (begin(copy.deepcopy(model)) for _ in range(3))
+    whole, first = (begin(copy.deepcopy(model)) for _ in range(2))
+    # What it begins with is that of the state.
+    second = begin(copy.deepcopy(model), seed=4, num_data=7)
     train(*whole, range(8))
     for stop in (1, 5):
         train(*first, range(first[2].num_steps, stop))
@@ -302,6 +314,88 @@ def test_training_goes_on_from_saved_states_as_if_it_had_not_stopped(model, meth
         train(*second, range(stop, 8))
         for name, rows in heads_of(second[0]).items():
             assert torch.equal(rows, heads_of(whole[0])[name])
+
+
+def test_what_the_optimizer_did_not_do_is_forgotten(model):
+    """Moves are made once, and those of a step that was skipped never."""
+    optimizer, twin = SGD(model.parameters()), copy.deepcopy(model)
+    repulsion = Repulsion(model, optimizer, alpha=0.2, decoupled=True)
+    loss_of(model).backward()
+    repulsion.step()
+    # The optimizer is not called, as by a scaler.
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    repulsion.step()
+    optimizer.step()
+    alone = SGD(twin.parameters())
+    once = Repulsion(twin, alone, alpha=0.2, decoupled=True)
+    loss_of(twin).backward()
+    once.step()
+    alone.step()
+    for name, rows in heads_of(model).items():
+        assert torch.equal(rows, heads_of(twin)[name])
+    before = heads_of(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    repulsion.load_state_dict(repulsion.state_dict())
+    for name, rows in heads_of(model).items():
+        assert torch.equal(rows, before[name])
+    loss_of(model).backward()
+    repulsion.step()
+    with torch.no_grad():
+        model.layers[0].in_proj_weight.fill_(7.0)
+    repulsion.load_state_dict(repulsion.state_dict())
+    optimizer.zero_grad()
+    optimizer.step()
+    assert (model.layers[0].in_proj_weight == 7.0).all()
+
+
+def test_an_optimizer_that_never_steps_is_warned_of(model):
+    repulsion = Repulsion(model, SGD(model.parameters()), alpha=0.2, decoupled=True)
+
+    def step():
+        model.zero_grad()
+        loss_of(model).backward()
+        repulsion.step()
+
+    for _ in range(20):
+        step()
+    with pytest.warns(UserWarning, match="has made no step"):
+        step()
+    step()
+
+
+def test_a_step_without_gradients_is_warned_of_and_does_not_count(model):
+    repulsion = Repulsion(model, SGD(model.parameters()), alpha=0.2)
+    with pytest.warns(UserWarning, match="no head has a gradient"):
+        repulsion.step()
+    assert repulsion.num_steps == 0
+
+
+def test_partitions_of_other_types_are_other_batches(model):
+    model.layers[1].double()
+    model.layers[0].float()
+    heads = [part for layer in model.layers for part in head_partitions(layer)]
+    for index, part in enumerate(heads):
+        part.name = str(index)
+    gradients = [torch.ones_like(part.parameters[0]) for part in heads]
+    for part, gradient in zip(heads, gradients, strict=True):
+        part.parameters[0].grad = gradient
+    repulsion = Repulsion(model, SGD(model.parameters()), heads=heads, alpha=0.2)
+    repulsion.step()
+    dtypes = [info.drive.dtype for info in repulsion.info.values()]
+    assert dtypes == [torch.float32] * 3 + [torch.float64] * 3
+
+
+@pytest.mark.compile
+def test_names_are_those_of_the_model_itself(model):
+    """So that states of wrapped models fit plain ones."""
+    with undone_compilation():
+        compiled = torch.compile(model, backend="eager")
+    parallel = nn.DataParallel(model)
+    for wrapped in (compiled, parallel):
+        state = Repulsion(wrapped, SGD(model.parameters()), num_data=5).state_dict()
+        Repulsion(model, SGD(model.parameters()), num_data=5).load_state_dict(state)
 
 
 def test_seeds_say_all_and_global_randomness_nothing(model):
@@ -398,9 +492,24 @@ def test_bad_settings_are_refused(model, unchecked_types):
         ({"num_data": 5, "heads": []}, "found none"),
         ({"num_data": 5, "heads": head_partitions(model)[:1] * 2}, "different names"),
         ({"num_data": 5, "method": RBF(1.0)}, "expected a force"),
+        (
+            {
+                "num_data": 5,
+                "heads": [
+                    *head_partitions(model, ("query",)),
+                    *head_partitions(model, ("query", "key"), joint=True),
+                ],
+            },
+            r"layers.0.query\+key shares weights with layers.0.query$",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             make(**settings)
+    with pytest.raises(ValueError, match="maximize=True"):
+        Repulsion(model, SGD(model.parameters(), maximize=True), num_data=5)
+    repulsion = make(num_data=5)
+    with pytest.raises(ValueError, match="alpha must be a positive number"):
+        repulsion.alpha = -1.0
     with pytest.raises(ValueError, match="found none"):
         Repulsion(model.readout, ADAM(model.parameters()), num_data=5)
     with pytest.raises(

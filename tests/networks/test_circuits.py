@@ -46,6 +46,9 @@ def test_products_are_those_of_the_matrices(roles):
     circuits = head_circuits(heads, heads.particles())
     rows = explicit(*circuits)
     torch.testing.assert_close(circuit_products(circuits, circuits), rows @ rows.mT)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = circuit_products(circuits, circuits)
+    torch.testing.assert_close(found, rows @ rows.mT)
 
 
 @pytest.mark.parametrize("roles", [("query", "key"), ("value", "output")])
