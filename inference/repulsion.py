@@ -11,10 +11,9 @@ Source:
     T / N by default, where published ones are of hot posteriors (T = α N).
 """
 
-import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,17 +21,22 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from bayesattn.inference.diffusion_state import DiffusionState, Phase
+from bayesattn.inference.head_checks import (
+    check_partitions,
+    check_resolution,
+    is_trained,
+    posterior_scale,
+)
 from bayesattn.inference.head_diffusion import (
-    DiffusionState,
-    Phase,
     SteinDiffusion,
     check_diffusion,
-    check_resolution,
 )
 from bayesattn.inference.head_forces import HeadForce, SteinForce
 from bayesattn.inference.head_motion import HeadMotion, Move, RepulsionInfo, forced
+from bayesattn.inference.head_priors import HeadPrior
 from bayesattn.inference.learning_rates import LearningRates
-from bayesattn.inference.routine import check_count, check_positive
+from bayesattn.inference.routine import check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.step_noise import StepNoise
 from bayesattn.kernels import Kernel
@@ -110,11 +114,12 @@ class Repulsion:
             )
         self.method = SteinForce() if method is None else method
         self.partitions = tuple(head_partitions(_unwrapped(model)) if heads is None else heads)
-        self.alpha, self.num_data = _scale(num_data, temperature, alpha, prior)
-        self.prior, self.decoupled = _unvalidated(prior), decoupled
+        self.alpha = posterior_scale(num_data, temperature, alpha)
+        self._prior = None if prior is None else HeadPrior(prior, num_data)
+        self.decoupled = decoupled
         self.num_steps = 0
         self._rates = LearningRates(optimizer)
-        self._check_partitions()
+        check_partitions(self.partitions, self._rates)
         if decoupled or isinstance(self.method, SteinDiffusion):
             check_resolution(self.partitions)
         self._diffusion: DiffusionState | None = None
@@ -140,7 +145,7 @@ class Repulsion:
         """
         self._refuse_repetition()
         self._forget_moves()
-        active = [part for part in self.partitions if part.has_gradient and _is_trained(part)]
+        active = [part for part in self.partitions if part.has_gradient and is_trained(part)]
         if not active:
             warnings.warn(
                 "Repulsion.step(): no head has a gradient; call it between backward() and the "
@@ -245,12 +250,7 @@ class Repulsion:
     def _drive(self, heads: HeadBatch, particles: Tensor) -> Tensor:
         # In place: a copy of the gradients, and as large as the heads.
         drive = heads.gradients().neg_()
-        if self.prior is None or self.num_data is None:
-            return drive
-        with torch.enable_grad():
-            moved = particles.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self.prior.log_prob(moved).sum(), moved)
-        return drive + score / self.num_data
+        return drive if self._prior is None else drive + self._prior.drive(particles)
 
     def _motion(self, heads: HeadBatch, particles: Tensor, drive: Tensor) -> HeadMotion:
         method, diffusion, alpha = self.method, self._diffusion, self.alpha
@@ -300,22 +300,6 @@ class Repulsion:
                 "step of the optimizer"
             )
 
-    def _check_partitions(self) -> None:
-        if not self.partitions:
-            raise ValueError(
-                "model: expected attention layers that bayesattn.networks knows, found none; "
-                "register_attention_layer makes others known"
-            )
-        names = [part.name for part in self.partitions]
-        if len(set(names)) < len(names):
-            raise ValueError(f"heads: expected partitions of different names, got {names}")
-        _check_regions(self.partitions)
-        trained = [part for part in self.partitions if part.requires_grad]
-        if not trained:
-            raise ValueError("model: expected heads that are trained, but all are frozen")
-        for part in trained:
-            self._rates.check(part)
-
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """A model without what wraps it as a whole, so that names are its own."""
@@ -323,56 +307,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
-
-
-def _check_regions(partitions: Sequence[HeadPartition]) -> None:
-    """Refuse partitions that share weights, which would be pushed twice."""
-    seen: list[tuple[HeadPartition, tuple[int, int, int, int]]] = []
-    for part in partitions:
-        regions = list(part.regions())
-        for other, (parameter, axis, start, stop) in seen:
-            for own in regions:
-                if own[:2] == (parameter, axis) and own[2] < stop and start < own[3]:
-                    raise ValueError(f"heads: {part.name} shares weights with {other.name}")
-        seen += [(part, region) for region in regions]
-
-
-def _scale(
-    num_data: int | None, temperature: Number, alpha: Number | None, prior: Distribution | None
-) -> tuple[Number, int | None]:
-    """α and N."""
-    check_positive("temperature", temperature)
-    if num_data is not None:
-        num_data = check_count("num_data", num_data)
-    elif prior is not None:
-        raise ValueError("prior: its share of the gradient is 1 / num_data, but num_data is None")
-    if alpha is None:
-        if num_data is None:
-            raise ValueError("give num_data, for alpha = temperature / num_data, or alpha itself")
-        return temperature / num_data, num_data
-    if temperature != 1.0:
-        raise ValueError(
-            f"give alpha or temperature, since alpha = temperature / num_data: "
-            f"got {alpha} and {temperature}"
-        )
-    return alpha, num_data
-
-
-def _is_trained(part: HeadPartition) -> bool:
-    trained = [parameter.requires_grad for parameter in part.parameters]
-    if any(trained) and not all(trained):
-        raise ValueError(
-            f"{part.name}: expected heads that are trained or frozen as a whole, got some of both"
-        )
-    return all(trained)
-
-
-def _unvalidated(prior: Distribution | None) -> Distribution | None:
-    """The same law without looks at its values, each of which would wait for the device."""
-    prior = copy.copy(prior)
-    if prior is not None:
-        prior._validate_args = False
-        for name, part in vars(prior).items():
-            if isinstance(part, Distribution):
-                setattr(prior, name, _unvalidated(part))
-    return prior

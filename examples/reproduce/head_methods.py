@@ -115,7 +115,7 @@ class Force:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """SPOS: Stein's force in the first half of the steps, then heads sample in steps of their own.
+    """SPOS: Stein's force and burn-in in the first half of the steps, then heads sample.
 
     Only epochs of the second half are chosen from, so that the heads of the model are a sample.
     """
@@ -123,7 +123,7 @@ class Diffusion:
     strengths: tuple[Strength, ...] = (None,)
 
     def train(self, start: Start, strength: Strength) -> Trained:
-        """Train half of the time, and sample in the other half."""
+        """Warm up in half of the steps, and sample in the other half."""
 
         def attach(
             model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from bayesattn.inference import Repulsion, SteinDiffusion
+from bayesattn.inference.diffusion_state import DiffusionState
 from bayesattn.inference.directions import stein_direction
-from bayesattn.inference.head_diffusion import DiffusionState
 from bayesattn.inference.head_forces import SteinForce
 from bayesattn.inference.step_noise import StepNoise
 from bayesattn.kernels import IMQ, RBF, Linear, Separate

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from bayesattn import StructuredSelfAttention
 from bayesattn.inference import SVGD, WGD, Repulsion, SteinDiffusion, SteinForce, WassersteinForce
 from bayesattn.inference.coordinates import identity
-from bayesattn.inference.head_diffusion import DiffusionState
+from bayesattn.inference.diffusion_state import DiffusionState
 from bayesattn.inference.langevin import SPOSState, diffused
 from bayesattn.inference.particle_views import WholeParticles
 from bayesattn.inference.schedules import constant
