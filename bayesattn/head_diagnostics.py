@@ -44,11 +44,13 @@ class HeadStatistics(NamedTuple):
         cosine: Between their outputs at all queries.
         alignment: Linear CKA of their outputs, a sample for each query.
         divergence: Jensen-Shannon divergence of their attention, in nats, the mean over queries.
+        num_value_heads: How many there are of the values, which groups of heads may share.
     """
 
     cosine: Float[Tensor, "head head"]
     alignment: Float[Tensor, "head head"]
     divergence: Float[Tensor, "head head"]
+    num_value_heads: int
 
     @property
     def effective_heads(self) -> Float[Tensor, ""]:
@@ -117,6 +119,8 @@ def warn_of_collapse(
 ) -> dict[str, float]:
     """Warn of layers whose heads are, in effect, fewer than a part of their number.
 
+    Heads that share a value count as one, since untrained they are nearly that.
+
     Args:
         statistics: By layer, of :func:`head_statistics`.
         fewest: The part.
@@ -131,12 +135,12 @@ def warn_of_collapse(
         raise ValueError(f"fewest: expected a part in (0, 1], got {fewest}")
     collapsed = {}
     for name, entry in statistics.items():
-        number, count = float(entry.effective_heads), len(entry.cosine)
+        number, count = float(entry.effective_heads), entry.num_value_heads
         if count > 1 and number < fewest * count:
             collapsed[name] = number
     if collapsed:
         figures = ", ".join(
-            f"{name or 'the layer'} ({number:.1f} of {len(statistics[name].cosine)})"
+            f"{name or 'the layer'} ({number:.1f} of {statistics[name].num_value_heads})"
             for name, number in collapsed.items()
         )
         warnings.warn(
@@ -159,4 +163,5 @@ def _statistics(call: AttentionCall) -> HeadStatistics:
         cosine_similarity(outputs.flatten(1)),
         centered_kernel_alignment(outputs),
         jensen_shannon(rows),
+        call.value.shape[-3],
     )

@@ -98,6 +98,9 @@ class HeadPenalty:
         model: Any module with attention layers that :mod:`bayesattn.networks` knows.
         penalty: From rows, "... head dim", to numbers, whose mean over a layer's calls counts.
         rows: From a call to these: :func:`head_weights` (the default) or :func:`head_outputs`.
+
+    Raises:
+        ValueError: If one of these is no function.
     """
 
     def __init__(
@@ -106,6 +109,11 @@ class HeadPenalty:
         penalty: Callable[[Tensor], Tensor],
         rows: Callable[[AttentionCall], Tensor] = head_weights,
     ):
+        if not callable(penalty) or not callable(rows):
+            raise ValueError(
+                "HeadPenalty: expected functions, such as orthogonality_penalty and head_weights, "
+                f"got {penalty!r} and {rows!r}"
+            )
         self._model, self._penalty, self._rows = model, penalty, rows
         self._found: dict[str, list[Tensor]] = {}
 

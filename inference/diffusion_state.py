@@ -17,7 +17,7 @@ from bayesattn.kernels import Kernel
 __all__ = ["DiffusionState", "Phase"]
 
 # Roots of mean squared gradients are floored at this part of their mean over coordinates.
-_FLOOR = 0.01
+_FLOOR = 0.1
 
 
 class Phase(IntEnum):
@@ -99,7 +99,7 @@ class DiffusionState:
         normal: Float[Tensor, "system head dim"],
         alpha: Number,
     ) -> HeadMotion:
-        """Take a step of the heads' own; the gradient is left as it is."""
+        """Take a step of the heads' own; the optimizer sees no gradient of theirs, nor clips it."""
         terms = self.kernel(names, particles)(particles)
         metric = self.preconditioner(names, particles)
         parts, fluctuation = self.method.forces(terms, drive, normal, alpha)
@@ -110,7 +110,8 @@ class DiffusionState:
             drift = rate * metric * (parts.drive + parts.repulsion)
             return particles + drift + (2 * rate * alpha * metric) ** 0.5 * fluctuation
 
-        return HeadMotion(parts, terms.squared_bandwidth, move=move)
+        nothing = torch.zeros_like(drive)
+        return HeadMotion(parts, terms.squared_bandwidth, gradient=nothing, move=move)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by the partitions' names."""

@@ -4,12 +4,27 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from bayesattn.inference.head_diffusion import SteinDiffusion
+from bayesattn.inference.head_forces import HeadForce
 from bayesattn.inference.learning_rates import LearningRates
 from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.schedules import Number
+from bayesattn.kernels import Kernel
 from bayesattn.networks import HeadPartition
 
-__all__ = ["check_partitions", "check_resolution", "is_trained", "posterior_scale"]
+__all__ = ["check_method", "check_partitions", "check_resolution", "is_trained", "posterior_scale"]
+
+
+def check_method(method: HeadForce | SteinDiffusion) -> None:
+    """Refuse what heads cannot follow.
+
+    Raises:
+        ValueError: If it is a kernel, a class, or nothing of the kind.
+    """
+    if isinstance(method, Kernel) and not isinstance(method, type):
+        raise ValueError(f"method: expected a force, such as SteinForce(kernel), got {method!r}")
+    if isinstance(method, type) or not isinstance(method, HeadForce | SteinDiffusion):
+        raise ValueError(f"method: expected a force, such as SteinForce(), got {method!r}")
 
 
 def check_partitions(partitions: Sequence[HeadPartition], rates: LearningRates) -> None:
@@ -24,6 +39,9 @@ def check_partitions(partitions: Sequence[HeadPartition], rates: LearningRates) 
             "model: expected attention layers that bayesattn.networks knows, found none; "
             "register_attention_layer makes others known"
         )
+    strangers = [part for part in partitions if not isinstance(part, HeadPartition)]
+    if strangers:
+        raise ValueError(f"heads: expected what head_partitions gives, got {strangers[0]!r}")
     names = [part.name for part in partitions]
     if len(set(names)) < len(names):
         raise ValueError(f"heads: expected partitions of different names, got {names}")

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.inference.directions import DirectionParts, stein_direction
-from bayesattn.inference.head_forces import SteinForce
+from bayesattn.inference.head_forces import SteinForce, check_kernel
 from bayesattn.inference.head_motion import HeadMotion
 from bayesattn.inference.langevin import Noise, diffusion
 from bayesattn.inference.routine import check_choice, check_count, check_positive
@@ -70,6 +70,7 @@ class SteinDiffusion:
     faithful: bool = False
 
     def __post_init__(self) -> None:
+        check_kernel("SteinDiffusion", self.kernel)
         check_count("warmup_steps", self.warmup_steps, least=0)
         check_choice("noise", self.noise, ("exact", "paper"))
         check_choice("preconditioner", self.preconditioner, ("rms", "none"))
@@ -129,14 +130,24 @@ class SteinDiffusion:
 
 
 def check_diffusion(
-    method: SteinDiffusion, optimizer: torch.optim.Optimizer, *, is_decoupled: bool
+    method: SteinDiffusion,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_decoupled: bool,
+    has_prior: bool,
 ) -> None:
-    """Warn of noise that has no temperature.
+    """Warn of noise that has no temperature, and of a posterior that there may not be.
 
     Raises:
         ValueError: If settings do not go together.
     """
     if not method.faithful:
+        if not has_prior:
+            warnings.warn(
+                "SteinDiffusion with a flat prior: weights that the loss does not hold wander off "
+                "without end, as queries and keys may; give prior=Normal(0., scale)",
+                stacklevel=4,
+            )
         return
     if is_decoupled:
         raise ValueError("faithful=True goes through the optimizer: expected decoupled=False")

@@ -26,7 +26,14 @@ from bayesattn.inference.directions import stein_direction, wasserstein_directio
 from bayesattn.kernels import IMQ, RBF, Kernel
 from bayesattn.networks import Circuits, HeadBatch, circuit_products, head_circuits
 
-__all__ = ["CircuitForce", "ForceParts", "HeadForce", "SteinForce", "WassersteinForce"]
+__all__ = [
+    "CircuitForce",
+    "ForceParts",
+    "HeadForce",
+    "SteinForce",
+    "WassersteinForce",
+    "check_kernel",
+]
 
 
 class ForceParts(NamedTuple):
@@ -74,9 +81,15 @@ class SteinForce:
 
     Args:
         kernel: Between heads in the space of their weights; RBF with the paper's bandwidth.
+
+    Raises:
+        ValueError: If it is no kernel.
     """
 
     kernel: Kernel = field(default_factory=lambda: RBF("paper"))
+
+    def __post_init__(self) -> None:
+        check_kernel("SteinForce", self.kernel)
 
     def __call__(
         self,
@@ -172,6 +185,16 @@ def _squared_distances(
     # The squared norm's value and gradient from its linear part, and exact zeros on the diagonal.
     squared = (2 * own - norms)[..., :, None] + norms[..., None, :] - 2 * products
     return squared.clamp_min(0.0), norms
+
+
+def check_kernel(name: str, kernel: Kernel) -> None:
+    """Refuse what is no kernel between particles.
+
+    Raises:
+        ValueError: With the name of what takes it, and what came.
+    """
+    if isinstance(kernel, type) or not isinstance(kernel, Kernel):
+        raise ValueError(f"{name} kernel: expected a kernel, such as RBF(), got {kernel!r}")
 
 
 def _check_radial(name: str, kernel: RBF | IMQ) -> None:

@@ -22,9 +22,10 @@ class RepulsionInfo(NamedTuple):
     """Figures of one partition at one step, on its device.
 
     Attributes:
-        drive: Root mean square over heads of the norm of the drive.
-        repulsion: Likewise of the repulsion, times α.
-        bandwidth: Of the kernel; NaN where it has none.
+        drive: Norm of what goes down the loss and up the prior, after the kernel has mixed it; the
+            root mean square over heads.
+        repulsion: Likewise of the push away from other heads, times α.
+        bandwidth: Of the kernel; NaN where it has none, zero where heads do not interact.
     """
 
     drive: Float[Tensor, "..."]
@@ -43,13 +44,13 @@ class HeadMotion(NamedTuple):
     Attributes:
         parts: Drive, and repulsion times α.
         squared_bandwidth: Of the kernel; None where there is no such figure.
-        gradient: What the optimizer is to go by instead of the gradient; None to leave that.
+        gradient: What the optimizer is to go by instead of the gradient.
         move: What is to be done after the optimizer's step; None for nothing.
     """
 
     parts: DirectionParts
     squared_bandwidth: Float[Tensor, " system"] | None
-    gradient: Float[Tensor, "system head dim"] | None = None
+    gradient: Float[Tensor, "system head dim"]
     move: Move | None = None
 
     @property

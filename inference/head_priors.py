@@ -25,9 +25,26 @@ class HeadPrior:
     """
 
     def __init__(self, law: Distribution, num_data: int | None):
+        if not isinstance(law, Distribution):
+            raise ValueError(f"prior: expected a distribution, such as Normal(0., 1.), got {law!r}")
         if num_data is None:
             raise ValueError("prior: its share of the gradient is 1 / num_data, but that is None")
         self._law, self._num_data = _unvalidated(law), num_data
+
+    def check(self, particles: Float[Tensor, "system head dim"]) -> None:
+        """Refuse a law that is not one of weights.
+
+        Raises:
+            ValueError: If it has other axes, or no density that changes with the weights.
+        """
+        try:
+            self.drive(particles)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"prior: expected a law of numbers or of 'system head dim' "
+                f"{tuple(particles.shape)}, with a density that has a slope, got {self._law}: "
+                f"{error}"
+            ) from error
 
     def drive(
         self, particles: Float[Tensor, "system head dim"]

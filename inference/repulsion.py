@@ -13,7 +13,7 @@ Source:
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bayesattn.inference.diffusion_state import DiffusionState, Phase
 from bayesattn.inference.head_checks import (
+    check_method,
     check_partitions,
     check_resolution,
     is_trained,
@@ -32,15 +33,20 @@ from bayesattn.inference.head_diffusion import (
     SteinDiffusion,
     check_diffusion,
 )
-from bayesattn.inference.head_forces import HeadForce, SteinForce
+from bayesattn.inference.head_forces import CircuitForce, HeadForce, SteinForce
 from bayesattn.inference.head_motion import HeadMotion, Move, RepulsionInfo, forced
 from bayesattn.inference.head_priors import HeadPrior
 from bayesattn.inference.learning_rates import LearningRates
 from bayesattn.inference.routine import check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.step_noise import StepNoise
-from bayesattn.kernels import Kernel
-from bayesattn.networks import HeadBatch, HeadPartition, head_batches, head_partitions
+from bayesattn.networks import (
+    HeadBatch,
+    HeadPartition,
+    head_batches,
+    head_circuits,
+    head_partitions,
+)
 
 __all__ = ["Repulsion"]
 
@@ -51,8 +57,8 @@ _MOST_UNAPPLIED = 20
 class Repulsion:
     """Let the heads of a network interact while an optimizer trains it.
 
-    Once for each step of the optimizer, when gradients are accumulated, all-reduced and unscaled,
-    and before they are clipped::
+    Once for each step of the optimizer, when gradients are accumulated, all-reduced and unscaled
+    (``scaler.unscale_(optimizer)``), and before they are clipped::
 
         repulsion = Repulsion(model, optimizer, num_data=len(train))
         for batch in batches:
@@ -75,7 +81,8 @@ class Repulsion:
         heads: Partitions that interact, each within itself. By default those of
             :func:`bayesattn.networks.head_partitions`: the queries, the keys and the values of each
             layer, apart.
-        num_data: N, the number of examples that the loss's mean stands for.
+        num_data: N, how many there are of what the loss is a mean of: sentences of a classifier,
+            tokens of a language model.
         temperature: T of the posterior p^(1/T).
         alpha: Weight of the repulsion, T / N by default. May be set at any time:
             ``repulsion.alpha = 0.01``.
@@ -108,11 +115,8 @@ class Repulsion:
         decoupled: bool = False,
         seed: int | None = None,
     ):
-        if isinstance(method, Kernel):
-            raise ValueError(
-                f"method: expected a force, such as SteinForce({method!r}), got a kernel"
-            )
         self.method = SteinForce() if method is None else method
+        check_method(self.method)
         self.partitions = tuple(head_partitions(_unwrapped(model)) if heads is None else heads)
         self.alpha = posterior_scale(num_data, temperature, alpha)
         self._prior = None if prior is None else HeadPrior(prior, num_data)
@@ -124,13 +128,23 @@ class Repulsion:
             check_resolution(self.partitions)
         self._diffusion: DiffusionState | None = None
         if isinstance(self.method, SteinDiffusion):
-            check_diffusion(self.method, optimizer, is_decoupled=decoupled)
+            check_diffusion(
+                self.method, optimizer, is_decoupled=decoupled, has_prior=prior is not None
+            )
             self._diffusion = DiffusionState(self.method)
+        for batch in head_batches(self.partitions):
+            # What does not fit is told here, not at the first step.
+            if isinstance(self.method, CircuitForce):
+                head_circuits(batch, batch.particles())
+            if self._prior is not None:
+                self._prior.check(batch.particles())
         device = self.partitions[0].parameters[0].device
         self._noise = StepNoise(seed, device)
         self._pending: list[tuple[HeadBatch, Move]] = []
         self._num_unapplied = 0
-        self._written: list[tuple[weakref.ref[Tensor], int]] = []
+        # Gradients that were turned, or that the optimizer went by: new ones are awaited.
+        self._used: list[tuple[weakref.ref[Tensor], int]] = []
+        self._is_waiting = self._is_removed = False
         self._figures: list[tuple[HeadBatch, RepulsionInfo]] = []
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -139,13 +153,14 @@ class Repulsion:
         """Turn the heads' gradients into what the method makes of them.
 
         Raises:
-            RuntimeError: If it was called on these gradients before.
+            RuntimeError: If the gradients are not new since the last step, its own or the
+                optimizer's, or after :meth:`remove`.
             ValueError: If a partition is frozen in part, or its parameters have several learning
                 rates where that matters.
         """
-        self._refuse_repetition()
-        self._forget_moves()
         active = [part for part in self.partitions if part.has_gradient and is_trained(part)]
+        self._refuse_used_gradients(active)
+        self._forget_moves()
         if not active:
             warnings.warn(
                 "Repulsion.step(): no head has a gradient; call it between backward() and the "
@@ -161,17 +176,12 @@ class Repulsion:
         for heads in (heads for group in phases.values() for heads in head_batches(group)):
             particles = heads.particles()
             motion = self._motion(heads, particles, self._drive(heads, particles))
-            if motion.gradient is not None:
-                heads.write_gradients(motion.gradient)
+            heads.write_gradients(motion.gradient)
             if motion.move is not None:
                 self._pending.append((heads, motion.move))
             self._figures.append((heads, motion.info))
-        self._written = [
-            (weakref.ref(parameter.grad), parameter.grad._version)
-            for part in active
-            for parameter in part.parameters
-            if parameter.grad is not None
-        ]
+        self._used = _gradients(active)
+        self._is_waiting = True
         self.num_steps += 1
 
     @property
@@ -196,8 +206,9 @@ class Repulsion:
         self._alpha = alpha
 
     def remove(self) -> None:
-        """Take the hook off the optimizer."""
+        """Take the hook off the optimizer; after that there are no steps."""
         self._hook.remove()
+        self._is_removed = True
 
     def state_dict(self) -> dict[str, Any]:
         """Steps so far, α, the noise's seed, and what was measured in a transient."""
@@ -214,7 +225,7 @@ class Repulsion:
         """Go on from a state, after the model's and the optimizer's were loaded.
 
         Raises:
-            ValueError: If it is of other partitions or of another kind of method.
+            ValueError: If it is of other partitions, or of a diffusion with other settings.
         """
         names = [part.name for part in self.partitions]
         if state["partitions"] != names:
@@ -230,7 +241,8 @@ class Repulsion:
             )
         self.num_steps, self.alpha = state["num_steps"], state["alpha"]
         self._noise.seed = state["seed"]
-        self._pending, self._written, self._num_unapplied = [], [], 0
+        self._pending, self._used, self._num_unapplied = [], [], 0
+        self._is_waiting = False
         if self._diffusion is not None and state["diffusion"] is not None:
             particles = {part.name: part.particles() for part in self.partitions}
             self._diffusion.load_state_dict(state["diffusion"], particles)
@@ -283,7 +295,8 @@ class Repulsion:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         """Move heads by what is not the optimizer's business, unless it skipped its step."""
-        pending, self._pending, self._written = self._pending, [], []
+        pending, self._pending = self._pending, []
+        self._used, self._is_waiting = _gradients(self.partitions), False
         overflow = getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             for heads, move in pending:
@@ -292,12 +305,22 @@ class Repulsion:
                     moved = torch.where(overflow.to(moved.device) > 0, heads.particles(), moved)
                 heads.write(moved)
 
-    def _refuse_repetition(self) -> None:
-        seen = [(gradient(), version) for gradient, version in self._written]
-        if any(g is not None and g._version == version for g, version in seen):
+    def _refuse_used_gradients(self, active: Sequence[HeadPartition]) -> None:
+        if self._is_removed:
+            raise RuntimeError("Repulsion.step() was called after remove()")
+        versions = {id(grad): version for grad, version in _alive(self._used)}
+        present = [(id(grad), version) for grad, version in _alive(_gradients(active))]
+        if any(versions.get(grad) == version for grad, version in present):
+            when = "twice on the same gradients" if self._is_waiting else "after the optimizer's"
             raise RuntimeError(
-                "Repulsion.step() was called twice on the same gradients: call it once for each "
-                "step of the optimizer"
+                f"Repulsion.step() was called {when}: call it once for each step of the "
+                "optimizer, between backward() and that step"
+            )
+        if self._is_waiting and any(grad in versions for grad, _ in present):
+            warnings.warn(
+                "Repulsion.step(): gradients were added to some that it had turned before; call "
+                "it once for each step of the optimizer, when they are complete",
+                stacklevel=3,
             )
 
 
@@ -307,3 +330,22 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(model.module)
     inner = getattr(model, "_orig_mod", None)
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _gradients(partitions: Iterable[HeadPartition]) -> list[tuple["weakref.ref[Tensor]", int]]:
+    """The gradients that there are, not kept alive, and how often each was written to."""
+    return [
+        (weakref.ref(parameter.grad), parameter.grad._version)
+        for part in partitions
+        for parameter in part.parameters
+        if parameter.grad is not None
+    ]
+
+
+def _alive(
+    gradients: Iterable[tuple["weakref.ref[Tensor]", int]],
+) -> Iterator[tuple[Tensor, int]]:
+    for reference, version in gradients:
+        gradient = reference()
+        if gradient is not None:
+            yield gradient, version

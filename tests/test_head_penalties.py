@@ -150,7 +150,7 @@ def test_products_are_in_full_precision_under_autocast(generator):
     assert torch.equal(found, orthogonality_penalty(weights))
 
 
-def test_nothing_observed_is_an_error(generator):
+def test_nothing_observed_is_an_error(generator, unchecked_types):
     model = Classifier(EMBED, HEADS)
     penalty = HeadPenalty(model, cosine_penalty)
     with pytest.raises(RuntimeError, match="within observe"):
@@ -161,6 +161,8 @@ def test_nothing_observed_is_an_error(generator):
         pass
     with pytest.raises(RuntimeError, match="within observe"):
         penalty.loss()
+    with pytest.raises(ValueError, match="expected functions"):
+        HeadPenalty(model, "cosine")
     other = HeadPenalty(nn.Linear(2, 2), cosine_penalty)
     with pytest.raises(ValueError, match="found none"), other.observe():
         pass

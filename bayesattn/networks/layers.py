@@ -49,6 +49,8 @@ class AttentionLayer(NamedTuple):
             ValueError: If a role is unknown or given twice, the layer has none of them, or a joint
                 particle would hold one thing twice.
         """
+        if isinstance(roles, str):
+            raise ValueError(f"roles: expected a sequence, such as ('query',), got {roles!r}")
         wrong = [role for role in roles if role not in ROLES]
         if wrong or len(set(roles)) < len(roles):
             raise ValueError(f"roles: expected some of {', '.join(ROLES)}, got {', '.join(roles)}")

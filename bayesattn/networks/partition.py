@@ -48,6 +48,9 @@ class HeadPartition:
                         f"{self.slices[first].parameter} twice"
                     )
 
+    def __repr__(self) -> str:
+        return f"HeadPartition({self.name}: {self.num_heads} heads of {self.dim})"
+
     @property
     def dim(self) -> int:
         """Width of a particle."""

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from bayesattn.head_diagnostics import HeadStatistics
 from bayesattn.plots.canvas import array, bare, colors, legend_above, new_figure, nonempty
 
 __all__ = ["head_forces", "head_similarity"]
+
+# More names than these do not fit above a figure.
+_MOST_NAMED = 9
 
 _SHOWN = {
     "cosine": ("cosine of outputs", -1.0, 1.0, "RdBu_r"),
@@ -25,12 +30,12 @@ class Forces(Protocol):
     """Figures of a step of repulsion, such as :class:`bayesattn.inference.RepulsionInfo`."""
 
     @property
-    def drive(self) -> Tensor:
+    def drive(self) -> Tensor | float:
         """Norm along the descent of the loss."""
         ...
 
     @property
-    def repulsion(self) -> Tensor:
+    def repulsion(self) -> Tensor | float:
         """Norm away from the other heads."""
         ...
 
@@ -71,7 +76,7 @@ def head_similarity(
 
 
 def head_forces(history: Sequence[Mapping[str, Forces]], *, title: str | None = None) -> Figure:
-    """Draw drive and repulsion over the steps of a training, and their ratio.
+    """Draw drive and repulsion over the steps of a training, and their ratio, where positive.
 
     Args:
         history: ``repulsion.info`` after each step.
@@ -81,33 +86,41 @@ def head_forces(history: Sequence[Mapping[str, Forces]], *, title: str | None = 
         A figure that pyplot does not know; keep it with ``figure.savefig``.
 
     Raises:
-        ValueError: If there is nothing to draw, or steps have different partitions.
+        ValueError: If there is nothing to draw.
     """
-    names = list(history[0]) if history else []
+    names = list(dict.fromkeys(name for entry in history for name in entry))
     nonempty("history", dict.fromkeys(names))
-    if any(list(entry) != names for entry in history):
-        raise ValueError("history: expected the same partitions at every step")
     figure, ((forces, ratio),) = new_figure(1, 2, (10.0, 4.2))
     steps = np.arange(1, len(history) + 1)
     handles = []
     for name, color in zip(names, colors(len(names)), strict=True):
-        drive, repulsion = (
-            array(f"{name}: {field}", _series(history, name, field), ("step",))
-            for field in ("drive", "repulsion")
-        )
+        drive, repulsion = (_series(history, name, field) for field in ("drive", "repulsion"))
         handles += forces.plot(steps, drive, color=color, linewidth=1.2, label=name)
         forces.plot(steps, repulsion, color=color, linewidth=1.2, linestyle="--")
-        ratio.plot(steps, repulsion / np.maximum(drive, np.finfo(float).tiny), color=color)
+        ratio.plot(steps, repulsion / drive, color=color)
     forces.set_title("drive (solid), repulsion (dashed)", loc="left", fontsize=10)
     ratio.set_title("repulsion over drive", loc="left", fontsize=10)
     for axes in (forces, ratio):
-        if any((line.get_ydata() > 0).any() for line in axes.lines):
+        if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
             axes.set_yscale("log")
         axes.set_xlabel("step", fontsize=9)
         bare(axes)
-    legend_above(figure, handles, title)
+    if len(names) <= _MOST_NAMED:
+        legend_above(figure, handles, title)
+    else:
+        _bar_of_names(figure, ratio, names)
+        figure.suptitle(title or "", fontsize=13)
     return figure
 
 
-def _series(history: Sequence[Mapping[str, Forces]], name: str, field: str) -> Tensor:
-    return torch.stack([getattr(entry[name], field).detach() for entry in history])
+def _bar_of_names(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Say of many colors what the first and the last one stand for."""
+    colored = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(colors(len(names))))
+    bar = figure.colorbar(colored, ax=axes, ticks=[0, len(names) - 1])
+    bar.ax.set_yticklabels([names[0], names[-1]], fontsize=8)
+
+
+def _series(history: Sequence[Mapping[str, Forces]], name: str, field: str) -> np.ndarray:
+    """Figures of each step; gaps where there is none, or none that a logarithm shows."""
+    values = [float(getattr(entry[name], field)) if name in entry else np.nan for entry in history]
+    return np.array([value if 0 < value < np.inf else np.nan for value in values])

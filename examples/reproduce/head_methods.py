@@ -12,9 +12,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from bayesattn.head_penalties import HeadPenalty, orthogonality_penalty
 from bayesattn.inference import Repulsion, SteinDiffusion, SteinForce, WassersteinForce
+from bayesattn.networks import head_partitions
 from examples.reproduce.protocol import Build
 from examples.reproduce.text_tasks import Sentences
 from examples.reproduce.training import Budget, Trained, cross_entropy, train
@@ -118,6 +120,7 @@ class Diffusion:
     """SPOS: Stein's force and burn-in in the first half of the steps, then heads sample.
 
     Only epochs of the second half are chosen from, so that the heads of the model are a sample.
+    Their prior is normal, as wide as the weights that they begin with.
     """
 
     strengths: tuple[Strength, ...] = (None,)
@@ -128,12 +131,16 @@ class Diffusion:
         def attach(
             model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int
         ) -> Callable[[], None]:
+            heads = head_partitions(model)
+            weights = torch.cat([part.particles().flatten() for part in heads])
             return Repulsion(
                 model,
                 optimizer,
                 method=SteinDiffusion(num_steps // 2),
+                heads=heads,
                 alpha=strength,
                 num_data=len(start.training.label),
+                prior=Normal(0.0, float(weights.std())),
                 seed=start.seed,
             ).step
 

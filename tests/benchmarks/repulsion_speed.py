@@ -69,7 +69,9 @@ def contestants(
         heads = head_partitions(model, roles, joint=name == "circuits")
         # With an optimizer of its own, so that what others note for later is not done here.
         own = torch.optim.SGD(model.parameters(), lr=0.0)
-        repulsion = Repulsion(model, own, method=method, heads=heads, alpha=1e-4)
+        prior = torch.distributions.Normal(0.0, 1.0)
+        settings = {"method": method, "heads": heads, "num_data": 10_000, "prior": prior}
+        repulsion = Repulsion(model, own, **settings)
         found[name] = _steps(repulsion, own, device)
     numbers = torch.randn(3 * layers * width * width, device=device)
     target = torch.empty_like(numbers)
@@ -85,16 +87,12 @@ def contestants(
 def _steps(
     repulsion: Repulsion, optimizer: torch.optim.Optimizer, device: str
 ) -> Callable[[int], None]:
-    moves = isinstance(repulsion.method, SteinDiffusion)
-
     def advance(count: int) -> None:
         for _ in range(count):
             repulsion.step()
-            if moves:
-                # What is done after an optimizer's step, without the step.
-                repulsion._after_step(optimizer)
-            else:
-                repulsion._written = []
+            # What is done after an optimizer's step, without the step; gradients are used again.
+            repulsion._after_step(optimizer)
+            repulsion._used = []
         _wait(device)
 
     return advance

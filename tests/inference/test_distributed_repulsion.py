@@ -20,7 +20,8 @@ METHODS = {
 def trained(model, tokens, method):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     # No seed: it is drawn by one process and told to the others.
-    repulsion = Repulsion(model, optimizer, method=method, num_data=50, decoupled=True)
+    prior = torch.distributions.Normal(0.0, 1.0)
+    repulsion = Repulsion(model, optimizer, method=method, num_data=50, decoupled=True, prior=prior)
     for _ in range(4):
         optimizer.zero_grad()
         model(tokens).square().mean().backward()

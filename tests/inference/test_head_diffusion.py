@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from bayesattn.inference.step_noise import StepNoise
 from bayesattn.kernels import IMQ, RBF, Linear, Separate
 from bayesattn.networks import HeadPartition, HeadSlice, head_batches, head_partitions
 from tests.heads import Classifier, loss_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:SteinDiffusion with a flat prior")
 
 # Mean and standard deviation of the logarithm of a Gamma(3, 1) variable: psi(3), psi'(3)^(1/2).
 LOG_GAMMA_MEAN, LOG_GAMMA_SD = 0.92278, 0.62838
@@ -167,7 +170,7 @@ def test_preconditioners_are_one_for_all_heads_and_floored():
     state.measure(["a"], drive)
     root = 5**0.5
     found = state.preconditioner(["a", "unseen"], torch.zeros(2, 2, 2))
-    expected = torch.tensor([[[1 / root, 1 / (0.01 * root / 2)]], [[0.0, 0.0]]])
+    expected = torch.tensor([[[1 / root, 1 / (0.1 * root / 2)]], [[0.0, 0.0]]])
     torch.testing.assert_close(found, expected)
 
 
@@ -307,6 +310,24 @@ def test_noise_is_told_by_seed_step_and_place():
     assert not torch.equal(StepNoise(-5, like.device).normal(like, 1, 0), draws[2])
 
 
+def test_a_flat_prior_is_warned_of(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="flat prior"):
+        Repulsion(model, optimizer, method=SteinDiffusion(3), num_data=50)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Repulsion(model, optimizer, method=SteinDiffusion(3), num_data=50, prior=normal)
+
+
+def test_the_optimizer_sees_no_gradient_of_sampled_heads(model):
+    """So that clipping does not count what does not move."""
+    repulsion = trained(model, SteinDiffusion(1), 2)
+    assert repulsion.is_sampling
+    assert not model.layers[0].in_proj_weight.grad.any()
+    assert model.readout.weight.grad.any()
+
+
 def test_settings_that_do_not_go_together_are_refused(unchecked_types):
     for settings, message in [
         ({"warmup_steps": -1}, "warmup_steps"),
@@ -315,6 +336,7 @@ def test_settings_that_do_not_go_together_are_refused(unchecked_types):
         ({"warmup_steps": 3, "noise": "none"}, "noise must be one of"),
         ({"warmup_steps": 3, "preconditioner": "adam"}, "preconditioner must be one of"),
         ({"warmup_steps": 3, "langevin": -1.0}, "langevin must be a positive number"),
+        ({"warmup_steps": 3, "kernel": "rbf"}, "expected a kernel"),
     ]:
         with pytest.raises(ValueError, match=message):
             SteinDiffusion(**settings)

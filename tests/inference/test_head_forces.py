@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bayesattn.inference import CircuitForce, SteinForce, WassersteinForce
-from bayesattn.kernels import IMQ, RBF, Linear, Separate
+from bayesattn.kernels import IMQ, RBF, Linear, PerSite, Separate
 from bayesattn.networks import circuit_products, head_circuits
 from tests.heads import one_batch, paper_gradient
 
@@ -145,3 +145,9 @@ def test_far_heads_do_not_feel_each_other(heads, generator):
 def test_densities_are_estimated_by_radial_kernels_alone(force, unchecked_types):
     with pytest.raises(ValueError, match="RBF or IMQ"):
         force(Linear())
+
+
+@pytest.mark.parametrize("kernel", ["rbf", RBF, PerSite()])
+def test_what_is_no_kernel_is_refused(kernel, unchecked_types):
+    with pytest.raises(ValueError, match="SteinForce kernel: expected a kernel"):
+        SteinForce(kernel)

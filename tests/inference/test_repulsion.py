@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributions import Independent, Laplace, Normal
+from torch.distributions import Independent, Laplace, Normal, Uniform
 
 from bayesattn import StructuredSelfAttention
 from bayesattn.inference import (
@@ -21,6 +21,8 @@ from bayesattn.kernels import RBF, Separate
 from bayesattn.networks import head_batches, head_partitions
 from tests.compilation import undone_compilation
 from tests.heads import Classifier, loss_of, paper_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:SteinDiffusion with a flat prior")
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 ADAM = functools.partial(torch.optim.Adam, lr=0.01)
@@ -216,11 +218,25 @@ def test_stepping_twice_on_the_same_gradients_is_refused(model):
     with pytest.raises(RuntimeError, match="twice on the same gradients"):
         repulsion.step()
     optimizer.step()
-    repulsion.step()
+    with pytest.raises(RuntimeError, match="after the optimizer's"):
+        repulsion.step()
     optimizer.zero_grad()
     loss_of(model).backward()
     repulsion.step()
+    loss_of(model).backward()
+    with pytest.warns(UserWarning, match="gradients were added"):
+        repulsion.step()
     assert repulsion.num_steps == 3
+
+
+def test_the_wrong_place_is_refused(model):
+    optimizer = SGD(model.parameters())
+    repulsion = Repulsion(model, optimizer, alpha=0.2)
+    loss_of(model).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="after the optimizer's"):
+        repulsion.step()
+    assert repulsion.num_steps == 0
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -443,18 +459,22 @@ def test_figures_are_those_of_the_step(model):
 
 def test_remove_takes_the_hook_away(model):
     optimizer = SGD(model.parameters())
-    repulsion = Repulsion(
-        model, optimizer, method=SteinDiffusion(0, preconditioner="none"), alpha=1.0
-    )
-    repulsion.remove()
+    repulsion = Repulsion(model, optimizer, alpha=1.0, decoupled=True)
     twin = copy.deepcopy(model)
+    alone = SGD(twin.parameters())
     loss_of(model).backward()
     loss_of(twin).backward()
     repulsion.step()
+    Repulsion(twin, alone, alpha=1.0, decoupled=True).remove()
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.grad = mine.grad.clone()
+    repulsion.remove()
     optimizer.step()
-    SGD(twin.parameters()).step()
+    alone.step()
     for name, rows in heads_of(model).items():
         assert torch.equal(rows, heads_of(twin)[name])
+    with pytest.raises(RuntimeError, match="after remove"):
+        repulsion.step()
 
 
 @pytest.mark.parametrize("method", [*METHODS.values(), CircuitForce()], ids=[*METHODS, "circuits"])
@@ -492,6 +512,13 @@ def test_bad_settings_are_refused(model, unchecked_types):
         ({"num_data": 5, "heads": []}, "found none"),
         ({"num_data": 5, "heads": head_partitions(model)[:1] * 2}, "different names"),
         ({"num_data": 5, "method": RBF(1.0)}, "expected a force"),
+        ({"num_data": 5, "method": SteinForce}, "expected a force"),
+        ({"num_data": 5, "method": "stein"}, "expected a force"),
+        ({"num_data": 5, "method": CircuitForce()}, "circuits need heads of two projections"),
+        ({"num_data": 5, "heads": ["layers.0"]}, "what head_partitions gives"),
+        ({"num_data": 5, "prior": 0.1}, "expected a distribution"),
+        ({"num_data": 5, "prior": Normal(torch.zeros(5), 1.0)}, "prior: expected a law"),
+        ({"num_data": 5, "prior": Uniform(-1.0, 1.0)}, "prior: expected a law"),
         (
             {
                 "num_data": 5,
