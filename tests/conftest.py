@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 import hypothesis
+import jaxtyping
 import matplotlib as mpl
 import pytest
 import torch
@@ -50,3 +51,12 @@ def untouched_global_state(float64: None) -> Iterator[None]:
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Return a CPU generator whose seed is the test's own name."""
     return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Run as users do, without the test run's checks of annotations, which would refuse first."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
