@@ -107,6 +107,7 @@ class DiffusionState:
             self.num_steps[name] = self.num_steps.get(name, 0) + 1
 
         def move(rate: Number | Tensor) -> Tensor:
+            rate = self.method.step_size * rate
             drift = rate * metric * (parts.drive + parts.repulsion)
             return particles + drift + (2 * rate * alpha * metric) ** 0.5 * fluctuation
 

@@ -41,8 +41,8 @@ class SteinDiffusion:
 
     With ``kernel=Separate(), langevin=0`` it is SGLD, heads without interaction.
 
-    After the transient the optimizer moves everything but the heads, and its learning rate is η of
-    their steps. Noise of :math:`\sqrt{2 \eta \alpha P}` is much larger than what the optimizer did
+    After the transient the optimizer moves everything but the heads, and its learning rate, times a
+    factor, is η of their steps. Noise of :math:`\sqrt{2 \eta \alpha P}` is much larger than what the optimizer did
     at the same rate, so let the rate fall where heads begin to sample; they diverge at too large a
     one. The optimizer's weight decay does not reach them: give ``Repulsion`` a ``prior``.
 
@@ -54,6 +54,7 @@ class SteinDiffusion:
         noise: ``"exact"``, or ``"paper"``, under which few heads vary too little.
         preconditioner: P: ``"rms"``, one over the root mean square of each coordinate's gradients
             in the whole transient, which all heads of a partition share; or ``"none"``.
+        step_size: η over the optimizer's learning rate.
         faithful: As in the paper's code instead: the noise is added to the gradient and goes
             through the optimizer, from the first step on, and nothing is frozen. It has a
             temperature only under plain stochastic gradient descent, and none under Adam.
@@ -67,6 +68,7 @@ class SteinDiffusion:
     langevin: Number = 1.0
     noise: Noise = "exact"
     preconditioner: Literal["rms", "none"] = "rms"
+    step_size: Number = 1.0
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class SteinDiffusion:
         check_count("warmup_steps", self.warmup_steps, least=0)
         check_choice("noise", self.noise, ("exact", "paper"))
         check_choice("preconditioner", self.preconditioner, ("rms", "none"))
+        check_positive("step_size", self.step_size)
         if self.langevin != 0:
             check_positive("langevin", self.langevin)
         if self.faithful and self.warmup_steps:

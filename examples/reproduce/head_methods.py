@@ -120,7 +120,8 @@ class Diffusion:
     """SPOS: Stein's force and burn-in in the first half of the steps, then heads sample.
 
     Only epochs of the second half are chosen from, so that the heads of the model are a sample.
-    Their prior is normal, as wide as the weights that they begin with.
+    Their prior is normal, as wide as the weights that they begin with, and their step size a tenth
+    of the learning rate, at which some of them would diverge.
     """
 
     strengths: tuple[Strength, ...] = (None,)
@@ -136,7 +137,7 @@ class Diffusion:
             return Repulsion(
                 model,
                 optimizer,
-                method=SteinDiffusion(num_steps // 2),
+                method=SteinDiffusion(num_steps // 2, step_size=0.1),
                 heads=heads,
                 alpha=strength,
                 num_data=len(start.training.label),

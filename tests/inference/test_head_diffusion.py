@@ -74,6 +74,17 @@ def test_alpha_is_the_temperature_of_the_loss(generator):
     assert found.std().item() == pytest.approx(0.5, rel=0.035)
 
 
+def test_the_step_size_is_a_part_of_the_learning_rate(generator):
+    """Noise goes with its root. Mutant: the drift's alone."""
+    heads, drive, normal = torch.randn(3, 2, 4, 5, generator=generator)
+    moved = []
+    for size, rate in ((0.1, 0.5), (1.0, 0.05)):
+        method = SteinDiffusion(0, RBF(1.0), preconditioner="none", step_size=size)
+        motion = DiffusionState(method).moved(("a", "b"), heads, drive, normal, 0.3)
+        moved.append(motion.move(rate))
+    torch.testing.assert_close(moved[0], moved[1])
+
+
 def test_without_langevin_and_noise_it_is_svgd(generator):
     method = SteinDiffusion(0, RBF(1.0), 0.0, preconditioner="none")
     heads, drive = torch.randn(2, 2, 4, 5, generator=generator)
@@ -336,6 +347,7 @@ def test_settings_that_do_not_go_together_are_refused(unchecked_types):
         ({"warmup_steps": 3, "noise": "none"}, "noise must be one of"),
         ({"warmup_steps": 3, "preconditioner": "adam"}, "preconditioner must be one of"),
         ({"warmup_steps": 3, "langevin": -1.0}, "langevin must be a positive number"),
+        ({"warmup_steps": 3, "step_size": 0.0}, "step_size must be a positive number"),
         ({"warmup_steps": 3, "kernel": "rbf"}, "expected a kernel"),
     ]:
         with pytest.raises(ValueError, match=message):
