@@ -42,9 +42,10 @@ class SteinDiffusion:
     With ``kernel=Separate(), langevin=0`` it is SGLD, heads without interaction.
 
     After the transient the optimizer moves everything but the heads, and its learning rate, times a
-    factor, is η of their steps. Noise of :math:`\sqrt{2 \eta \alpha P}` is much larger than what the optimizer did
-    at the same rate, so let the rate fall where heads begin to sample; they diverge at too large a
-    one. The optimizer's weight decay does not reach them: give ``Repulsion`` a ``prior``.
+    factor, is η of their steps. Noise of :math:`\sqrt{2 \eta \alpha P}` is much larger than what
+    the optimizer did at the same rate, so let the rate fall where heads begin to sample; they
+    diverge at too large a one. The optimizer's weight decay does not reach them: give
+    ``Repulsion`` a ``prior``.
 
     Args:
         warmup_steps: For each partition, steps before heads are samples: half of them the
