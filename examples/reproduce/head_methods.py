@@ -16,6 +16,7 @@ from torch.distributions import Normal
 
 from bayesattn.head_penalties import HeadPenalty, orthogonality_penalty
 from bayesattn.inference import Repulsion, SteinDiffusion, SteinForce, WassersteinForce
+from bayesattn.kernels import Separate
 from bayesattn.networks import head_partitions
 from examples.reproduce.protocol import Build
 from examples.reproduce.text_tasks import Sentences
@@ -90,11 +91,13 @@ class Force:
         force: Between heads.
         strengths: As for all methods.
         decoupled: Whether the repulsion passes the optimizer by.
+        has_prior: Whether heads have the prior that those of SPOS have.
     """
 
     force: SteinForce | WassersteinForce
     strengths: tuple[Strength, ...] = (None,)
     decoupled: bool = False
+    has_prior: bool = False
 
     def train(self, start: Start, strength: Strength) -> Trained:
         """Train with gradients that the force has turned."""
@@ -110,6 +113,7 @@ class Force:
                 decoupled=self.decoupled,
                 alpha=strength,
                 num_data=len(start.training.label),
+                prior=_prior(model) if self.has_prior else None,
             ).step
 
         return train(*start, attach=attach)
@@ -132,20 +136,23 @@ class Diffusion:
         def attach(
             model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int
         ) -> Callable[[], None]:
-            heads = head_partitions(model)
-            weights = torch.cat([part.particles().flatten() for part in heads])
             return Repulsion(
                 model,
                 optimizer,
                 method=SteinDiffusion(num_steps // 2, step_size=0.1),
-                heads=heads,
                 alpha=strength,
                 num_data=len(start.training.label),
-                prior=Normal(0.0, float(weights.std())),
+                prior=_prior(model),
                 seed=start.seed,
             ).step
 
         return train(*start, attach=attach, first_epoch=start.budget.num_epochs // 2 + 1)
+
+
+def _prior(model: nn.Module) -> Normal:
+    """As wide as the heads' weights are at the beginning."""
+    weights = torch.cat([part.particles().flatten() for part in head_partitions(model)])
+    return Normal(0.0, float(weights.std()))
 
 
 def _penalized(weight: float, model: nn.Module, batch: Sentences) -> Tensor:
@@ -159,6 +166,7 @@ def _penalized(weight: float, model: nn.Module, batch: Sentences) -> Tensor:
 # in which a coordinate moves by about one learning rate.
 METHODS: dict[str, Method] = {
     "baseline": Plain(),
+    "prior": Force(SteinForce(Separate()), has_prior=True),
     "lin_penalty": Orthogonality((0.01, 0.1)),
     "svgd": Force(SteinForce()),
     "svgd_hot": Force(SteinForce(), (0.01,)),

@@ -24,7 +24,7 @@ penalty and of the decoupled force, which is an advantage of theirs.
 
 A run of a rival without such a choice, two trainings, takes on one of two busy cores about 2 to 5
 seconds on SNIPS, 4 to 9 on TREC and 10 to 12 on SST-2, the longer ones being Transformers'. The
-840 runs of five seeds take about two hours of process time: an hour with ``--jobs 2``.
+960 runs of five seeds take about two hours of process time: an hour with ``--jobs 2``.
 """
 
 from collections.abc import Mapping, Sequence

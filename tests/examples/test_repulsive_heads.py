@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from bayesattn.inference import SteinForce
+from bayesattn.kernels import Separate
 from examples.reproduce.command_line import command
 from examples.reproduce.head_methods import (
     METHODS,
@@ -48,8 +49,8 @@ def test_quick_run_on_packaged_text(tmp_path):
         assert len({run["parameters"] for run in of_task}) == 1
         assert {run["sizes"]["heads"] for run in of_task} == {num_heads}
         distinct = {run["metrics"]["log score"] for run in of_task}
-        # One head alone is repelled by nobody; only the penalty and the noise are felt.
-        assert len(distinct) == (3 if num_heads == 1 else len(METHODS))
+        # One head alone is repelled by nobody; the prior, the penalty and the noise are felt.
+        assert len(distinct) == (4 if num_heads == 1 else len(METHODS))
         for run in of_task:
             # Guessing is right in one of seven.
             assert run["metrics"]["accuracy"] > 0.2
@@ -65,7 +66,7 @@ def test_quick_run_on_packaged_text(tmp_path):
 
 
 def test_methods_are_the_baseline_where_nothing_is_between_heads(start):
-    """Mutants: a penalty that is always there; α that is not 1 / N."""
+    """Mutants: a penalty or a prior that is always there; α that is not 1 / N."""
     plain = fit(Plain(), start)
     assert fit(Orthogonality((0.0,)), start).curves == plain.curves
     assert fit(Orthogonality((0.5,)), start).curves != plain.curves
@@ -73,6 +74,8 @@ def test_methods_are_the_baseline_where_nothing_is_between_heads(start):
     by_hand = fit(Force(SteinForce(), (1 / 97,)), start)
     assert posterior.curves == by_hand.curves
     assert fit(Force(SteinForce(), (1.0,)), start).curves != posterior.curves
+    assert fit(Force(SteinForce(Separate())), start).curves == plain.curves
+    assert fit(Force(SteinForce(Separate()), has_prior=True), start).curves != plain.curves
     alone = start._replace(build=lambda: pooling(1))
     assert fit(Force(SteinForce()), alone).curves == fit(Plain(), alone).curves
 
@@ -93,10 +96,12 @@ def test_strength_is_chosen_by_validation(start):
 def test_diffusion_is_stein_descent_first_and_a_sample_then(start):
     """Mutants: noise from the first step on; an epoch chosen before there is any."""
     longer = start._replace(budget=dataclasses.replace(start.budget, num_epochs=4))
-    sampled, descended = fit(Diffusion(), longer), fit(Force(SteinForce()), longer)
+    force = Force(SteinForce(), has_prior=True)
+    sampled, descended = fit(Diffusion(), longer), fit(force, longer)
     (samples,), (descent,) = sampled.curves.values(), descended.curves.values()
-    assert samples[:2] == descent[:2]
-    assert samples[2:] != descent[2:]
+    # Half of the steps are warm-up, and half of these the force's.
+    assert samples[0] == descent[0]
+    assert samples[1] != descent[1]
     assert sampled.choices["epoch"] >= 3
     assert fit(Diffusion(), longer).curves == sampled.curves
     other = fit(Diffusion(), longer._replace(seed=1))
