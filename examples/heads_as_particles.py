@@ -10,6 +10,7 @@ takes about a minute; a picture goes to `out/`.
 
 import argparse
 import functools
+import math
 import time
 import warnings
 from pathlib import Path
@@ -166,11 +167,12 @@ def report(posteriors, held_out):
     print("\nSpread of heads that look for the same thing (nearest to the same query of the truth)")
     for name, law in laws.items():
         print(f"  {name:15s} {float(spread_within(law)):.3f}")
-    print("\nHeld-out log score, nats a sentence: averaged over draws, and of one draw alone")
+    print("\nHeld-out log score, nats a sentence: of the mean over networks (restarts of SVGD),")
+    print("of one network alone, and of the mean over heads, each taken for a network of its own")
     tokens, target = held_out
     for name, posterior in posteriors.items():
-        together, alone = log_scores(posterior, tokens, target)
-        print(f"  {name:15s} {together:6.3f}   {alone:6.3f}")
+        together, alone, by_heads = log_scores(posterior, tokens, target)
+        print(f"  {name:15s} {together:6.3f}   {alone:6.3f}   {by_heads:8.3f}")
     print(f"  {'the truth':15s} {float(truth(tokens, target)):6.3f}")
     return laws
 
@@ -184,11 +186,16 @@ def spread_within(law):
 
 
 def log_scores(posterior, tokens, target):
-    """Of the mean of the draws' predictive densities, and the mean of their log densities."""
-    rows = posterior.network_samples()["query_weight"]
-    logs = log_densities(rows, tokens, target)
-    mixture = torch.logsumexp(logs, 0) - torch.tensor(float(len(logs))).log()
-    return float(mixture.mean()), float(logs.mean())
+    """Of the networks' mean density, their mean log density, and the mean density of heads."""
+    networks = posterior.network_samples()["query_weight"]
+    logs = log_densities(networks, tokens, target)
+    by_heads = log_densities(networks.flatten(0, 1)[:, None], tokens, target)
+    return float(mixture(logs)), float(logs.mean()), float(mixture(by_heads))
+
+
+def mixture(logs):
+    """Mean over sentences of the log of the mean density: "draw sentence" to a number."""
+    return (torch.logsumexp(logs, 0) - math.log(len(logs))).mean()
 
 
 def truth(tokens, target):
