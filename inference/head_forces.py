@@ -16,13 +16,17 @@ Source:
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.inference.directions import stein_direction, wasserstein_direction
+from bayesattn.inference.directions import (
+    Direction,
+    stein_direction,
+    wasserstein_direction,
+)
 from bayesattn.kernels import IMQ, RBF, Kernel
 from bayesattn.networks import Circuits, HeadBatch, circuit_products, head_circuits
 
@@ -70,8 +74,25 @@ class HeadForce(Protocol):
         ...
 
 
+class _WeightForce:
+    """What forces share whose distances are between the heads' weights."""
+
+    kernel: Kernel
+    direction: ClassVar[Direction]
+
+    def __call__(
+        self,
+        heads: HeadBatch,
+        particles: Float[Tensor, "system head dim"],
+        drive: Float[Tensor, "system head dim"],
+    ) -> ForceParts:
+        """Both parts of the force; see :class:`HeadForce`."""
+        terms = self.kernel(particles)
+        return ForceParts(*type(self).direction(terms, drive), terms.squared_bandwidth)
+
+
 @dataclass(frozen=True)
-class SteinForce:
+class SteinForce(_WeightForce):
     """Steepest descent in the kernel's function space: SVGD, as the paper has it.
 
     In many dimensions the heads are about equally far from each other. The paper's bandwidth then
@@ -87,23 +108,14 @@ class SteinForce:
     """
 
     kernel: Kernel = field(default_factory=lambda: RBF("paper"))
+    direction: ClassVar[Direction] = staticmethod(stein_direction)
 
     def __post_init__(self) -> None:
         check_kernel("SteinForce", self.kernel)
 
-    def __call__(
-        self,
-        heads: HeadBatch,
-        particles: Float[Tensor, "system head dim"],
-        drive: Float[Tensor, "system head dim"],
-    ) -> ForceParts:
-        """Both parts of the force; see :class:`HeadForce`."""
-        terms = self.kernel(particles)
-        return ForceParts(*stein_direction(terms, drive), terms.squared_bandwidth)
-
 
 @dataclass(frozen=True)
-class WassersteinForce:
+class WassersteinForce(_WeightForce):
     """Descent in Wasserstein space with a density estimate: a repulsive ensemble.
 
     Args:
@@ -114,19 +126,10 @@ class WassersteinForce:
     """
 
     kernel: RBF | IMQ = field(default_factory=RBF)
+    direction: ClassVar[Direction] = staticmethod(wasserstein_direction)
 
     def __post_init__(self) -> None:
         _check_radial("WassersteinForce", self.kernel)
-
-    def __call__(
-        self,
-        heads: HeadBatch,
-        particles: Float[Tensor, "system head dim"],
-        drive: Float[Tensor, "system head dim"],
-    ) -> ForceParts:
-        """Both parts of the force; see :class:`HeadForce`."""
-        terms = self.kernel(particles)
-        return ForceParts(*wasserstein_direction(terms, drive), terms.squared_bandwidth)
 
 
 @dataclass(frozen=True)
