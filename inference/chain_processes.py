@@ -34,8 +34,8 @@ def can_fork(device: torch.device) -> str:
         return f"processes are forked on Linux only, not on {sys.platform}"
     if device.type != "cpu":
         return f"a forked process cannot use the device {device}"
-    if torch.cuda.is_initialized():
-        return "CUDA is in use in this process, and autograd cannot be forked after that"
+    if torch.cuda.is_available():
+        return "autograd has threads for CUDA devices, and cannot be forked with them"
     return ""
 
 

@@ -7,6 +7,7 @@ decision on a tensor's value is met and refused rather than silently frozen into
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def _trace(
     A selection's size is unknown to fake tensors. It is safe to bake in if no input decides it and
     no tensor that is met on the way is written later; those are returned too.
     """
+    _start_autograd()
     try:
         with silent(_FAKE_TENSOR_LOG):
             return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs), []
@@ -155,6 +157,17 @@ def _trace(
             raise RecordingError("it selects by a mask whose number of entries depends on the data")
     constants = module.graph.find_nodes(op="get_attr")
     return module, [*(getattr(module, node.target) for node in constants), *reads.tensors]
+
+
+@cache
+def _start_autograd() -> None:
+    """Let autograd start before anything is traced.
+
+    Where it starts within a trace, a PyTorch built for CUDA makes threads for devices even if there
+    is none, and then processes that are forked, such as those of chains, cannot differentiate.
+    """
+    with torch.enable_grad():
+        torch.ones((), device="cpu", requires_grad=True).square().backward()
 
 
 def _pin_defaults(module: GraphModule) -> None:
