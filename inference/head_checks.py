@@ -11,6 +11,7 @@ from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.kernels import Kernel
 from bayesattn.networks import HeadPartition
+from bayesattn.networks.head_slices import Region
 
 __all__ = ["check_method", "check_partitions", "check_resolution", "is_trained", "posterior_scale"]
 
@@ -21,10 +22,10 @@ def check_method(method: HeadForce | SteinDiffusion) -> None:
     Raises:
         ValueError: If it is a kernel, a class, or nothing of the kind.
     """
-    if isinstance(method, Kernel) and not isinstance(method, type):
-        raise ValueError(f"method: expected a force, such as SteinForce(kernel), got {method!r}")
-    if isinstance(method, type) or not isinstance(method, HeadForce | SteinDiffusion):
-        raise ValueError(f"method: expected a force, such as SteinForce(), got {method!r}")
+    # Kernels and classes can be called as forces can.
+    is_force = isinstance(method, HeadForce | SteinDiffusion)
+    if not is_force or isinstance(method, Kernel | type):
+        raise ValueError(f"method: expected a force, such as SteinForce(RBF()), got {method!r}")
 
 
 def check_partitions(partitions: Sequence[HeadPartition], rates: LearningRates) -> None:
@@ -105,11 +106,10 @@ def posterior_scale(num_data: int | None, temperature: Number, alpha: Number | N
 
 def _check_regions(partitions: Sequence[HeadPartition]) -> None:
     """Refuse partitions that share weights, which would be pushed twice."""
-    seen: list[tuple[HeadPartition, tuple[int, int, int, int]]] = []
+    seen: list[tuple[HeadPartition, Region]] = []
     for part in partitions:
         regions = list(part.regions())
-        for other, (parameter, axis, start, stop) in seen:
-            for own in regions:
-                if own[:2] == (parameter, axis) and own[2] < stop and start < own[3]:
-                    raise ValueError(f"heads: {part.name} shares weights with {other.name}")
+        for other, region in seen:
+            if any(own.overlaps(region) for own in regions):
+                raise ValueError(f"heads: {part.name} shares weights with {other.name}")
         seen += [(part, region) for region in regions]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxtyping import Shaped
 from torch import Tensor
 
-__all__ = ["ROLES", "HeadLayout", "HeadSlice", "ProjectionSlices"]
+__all__ = ["ROLES", "HeadLayout", "HeadSlice", "ProjectionSlices", "Region"]
 
 # What a projection is for. The output's bias belongs to no head.
 ROLES = ("query", "key", "value", "output")
@@ -63,6 +63,27 @@ class HeadSlice(NamedTuple):
             )
         width = self.width * (self.num_heads // num_groups)
         return self._replace(width=width, num_heads=num_groups)
+
+
+class Region(NamedTuple):
+    """What is taken of a parameter.
+
+    Attributes:
+        parameter: Its identity.
+        axis: Along which it is cut.
+        start: First index.
+        stop: Index after the last.
+    """
+
+    parameter: int
+    axis: int
+    start: int
+    stop: int
+
+    def overlaps(self, other: "Region") -> bool:
+        """Whether another takes some of the same; of one axis only."""
+        is_same = self[:2] == other[:2]
+        return is_same and self.start < other.stop and other.start < self.stop
 
 
 class ProjectionSlices(NamedTuple):

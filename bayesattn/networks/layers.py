@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from bayesattn.networks.head_slices import ROLES, HeadLayout, HeadSlice
+from bayesattn.networks.head_slices import ROLES, HeadLayout, HeadSlice, Region
 from bayesattn.networks.partition import HeadPartition
 from bayesattn.networks.recognition import LayerKind, describe_layer, layer_kind
 
@@ -109,7 +109,7 @@ def head_partitions(
             :meth:`AttentionLayer.partitions`.
     """
     found: list[HeadPartition] = []
-    owners: dict[tuple[int, int, int, int], str] = {}
+    owners: dict[Region, str] = {}
     for layer in attention_layers(model).values():
         if set(roles) <= set(ROLES) and not set(roles) & set(layer.layout):
             continue

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bayesattn.networks.head_slices import HeadSlice
+from bayesattn.networks.head_slices import HeadSlice, Region
 
 __all__ = ["HeadPartition"]
 
@@ -40,13 +40,12 @@ class HeadPartition:
         self.slices = tuple(slices)
         self.num_heads = counts.pop()
         regions = list(self.regions())
-        for first, (parameter, axis, start, stop) in enumerate(regions):
-            for other in regions[:first]:
-                if other[:2] == (parameter, axis) and start < other[3] and other[2] < stop:
-                    raise ValueError(
-                        f"{name}: expected parts that do not overlap, got "
-                        f"{self.slices[first].parameter} twice"
-                    )
+        for first, region in enumerate(regions):
+            if any(region.overlaps(other) for other in regions[:first]):
+                raise ValueError(
+                    f"{name}: expected parts that do not overlap, got "
+                    f"{self.slices[first].parameter} twice"
+                )
 
     def __repr__(self) -> str:
         return f"HeadPartition({self.name}: {self.num_heads} heads of {self.dim})"
@@ -76,12 +75,12 @@ class HeadPartition:
         """Whether any of the parameters has a ``.grad``."""
         return any(parameter.grad is not None for parameter in self.parameters)
 
-    def regions(self) -> Iterator[tuple[int, int, int, int]]:
-        """Identity, axis, first and last index of what each part takes of a parameter."""
+    def regions(self) -> Iterator[Region]:
+        """What each part takes of a parameter."""
         for part in self.slices:
             parameter = _find(self.module, part.parameter)
             stop = part.start + part.num_heads * part.width
-            yield id(parameter), part.axis, part.start, stop
+            yield Region(id(parameter), part.axis, part.start, stop)
 
     def particles(self) -> Float[Tensor, "_head _dim"]:
         """Return the heads, detached.
