@@ -18,6 +18,7 @@ __all__ = ["DiffusionState", "Phase"]
 
 # Roots of mean squared gradients are floored at this part of their mean over coordinates.
 _FLOOR = 0.1
+_MOST_KEPT = 16
 
 
 class Phase(IntEnum):
@@ -41,7 +42,9 @@ class DiffusionState:
         self.counts: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.kernels: dict[str, Kernel] = {}
-        self._stacked: tuple[tuple[str, ...], Kernel] | None = None
+        # Of partitions that move together: stacked once, as long as the same ones do.
+        self._stacked: dict[tuple[str, ...], Kernel] = {}
+        self._metrics: dict[tuple[str, ...], Tensor] = {}
 
     def phase(self, name: str) -> Phase:
         """Where a partition is in its warm-up."""
@@ -84,12 +87,11 @@ class DiffusionState:
         for name, heads in zip(names, particles, strict=True):
             if name not in self.kernels:
                 self.kernels[name] = self.method.kernel.frozen(heads)
-        # Stacked once, as long as the same layers are trained.
-        if self._stacked is None or self._stacked[0] != names:
+        if names not in self._stacked:
             kernels = [self.kernels[name] for name in names]
             constants = [torch.stack(each) for each in zip(*map(tensors_of, kernels), strict=True)]
-            self._stacked = names, with_tensors(kernels[0], constants)
-        return self._stacked[1]
+            _keep(self._stacked, names, with_tensors(kernels[0], constants))
+        return self._stacked[names]
 
     def moved(
         self,
@@ -101,7 +103,9 @@ class DiffusionState:
     ) -> HeadMotion:
         """Take a step of the heads' own; the optimizer sees no gradient of theirs, nor clips it."""
         terms = self.kernel(names, particles)(particles)
-        metric = self.preconditioner(names, particles)
+        if names not in self._metrics:
+            _keep(self._metrics, names, self.preconditioner(names, particles))
+        metric = self._metrics[names]
         parts, fluctuation = self.method.forces(terms, drive, normal, alpha)
         for name in names:
             self.num_steps[name] = self.num_steps.get(name, 0) + 1
@@ -132,7 +136,7 @@ class DiffusionState:
             state: Of :meth:`state_dict`.
             particles: Heads of each partition, whose types and devices the tensors take.
         """
-        self._stacked = None
+        self._stacked, self._metrics = {}, {}
         self.num_steps = dict(state["num_steps"])
         self.counts, self.squares = (
             {name: tensor.to(particles[name].device) for name, tensor in state[field].items()}
@@ -145,3 +149,10 @@ class DiffusionState:
             )
             for name, constants in state["kernels"].items()
         }
+
+
+def _keep(kept: dict[tuple[str, ...], Any], names: tuple[str, ...], value: Any) -> None:
+    """Add to what is kept, of which there is no end where layers are dropped by chance."""
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[names] = value

@@ -132,6 +132,9 @@ class Repulsion:
                 self.method, optimizer, is_decoupled=decoupled, has_prior=prior is not None
             )
             self._diffusion = DiffusionState(self.method)
+            self._force: HeadForce = self.method.force
+        else:
+            self._force = self.method
         for batch in head_batches(self.partitions):
             # What does not fit is told here, not at the first step.
             if isinstance(self.method, CircuitForce):
@@ -250,11 +253,8 @@ class Repulsion:
     @property
     def is_sampling(self) -> bool:
         """Whether the heads are samples: a diffusion after all its partitions' warm-up."""
-        if not isinstance(self.method, SteinDiffusion):
-            return False
-        if self._diffusion is None or self.method.faithful:
-            return self.method.faithful
-        return all(self._phase(part) is Phase.SAMPLING for part in self.partitions)
+        sampling = [self._phase(part) is Phase.SAMPLING for part in self.partitions]
+        return all(sampling)
 
     def _phase(self, part: HeadPartition) -> Phase:
         return Phase.TRANSIENT if self._diffusion is None else self._diffusion.phase(part.name)
@@ -265,18 +265,16 @@ class Repulsion:
         return drive if self._prior is None else drive + self._prior.drive(particles)
 
     def _motion(self, heads: HeadBatch, particles: Tensor, drive: Tensor) -> HeadMotion:
-        method, diffusion, alpha = self.method, self._diffusion, self.alpha
-        if not isinstance(method, SteinDiffusion):
-            return forced(method, heads, particles, drive, alpha, is_decoupled=self.decoupled)
-        if method.faithful:
-            normal, rate = self._normal(heads, particles), self._rates.of(heads)
-            return method.through_optimizer(particles, drive, normal, alpha, rate)
-        assert diffusion is not None
-        if diffusion.phase(heads.names[0]) is not Phase.TRANSIENT:
+        diffusion, alpha = self._diffusion, self.alpha
+        if diffusion is not None and diffusion.phase(heads.names[0]) is not Phase.TRANSIENT:
             normal = self._normal(heads, particles)
+            if diffusion.method.faithful:
+                rate = self._rates.of(heads)
+                return diffusion.method.through_optimizer(particles, drive, normal, alpha, rate)
             return diffusion.moved(heads.names, particles, drive, normal, alpha)
-        diffusion.measure(heads.names, drive)
-        return forced(method.force, heads, particles, drive, alpha, is_decoupled=self.decoupled)
+        if diffusion is not None:
+            diffusion.measure(heads.names, drive)
+        return forced(self._force, heads, particles, drive, alpha, is_decoupled=self.decoupled)
 
     def _normal(self, heads: HeadBatch, particles: Tensor) -> Tensor:
         place = self.partitions.index(heads.partitions[0])
