@@ -9,9 +9,8 @@ Source:
     Ding et al. (2020), Attention that does not explain away, arXiv:2009.14308.
 """
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from bayesattn.functional import attention_weights
 from bayesattn.fused_route import FusedAttention, is_fusible, reduce_logits
 from bayesattn.masking import Masks, combine_masks, with_infinities
 from bayesattn.networks.attention_call import AttentionCall
-from bayesattn.networks.taps import watch_attention
+from bayesattn.networks.taps import last_calls
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Normalization, mixture
 
@@ -131,8 +130,7 @@ def attention_statistics(
     return AttentionStatistics(mass, torch.cat(entropies, -1), seen.any(-1), seen.any(-2))
 
 
-@contextmanager
-def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics]]:
+def layer_statistics(model: nn.Module) -> AbstractContextManager[dict[str, AttentionStatistics]]:
     """Collect the statistics of every attention layer that :mod:`bayesattn.networks` knows.
 
     Within the context each call of a layer puts its statistics into the dictionary, under the
@@ -145,23 +143,11 @@ def layer_statistics(model: nn.Module) -> Iterator[dict[str, AttentionStatistics
     Raises:
         ValueError: If the model has no such layer.
     """
-    statistics: dict[str, AttentionStatistics] = {}
 
-    def keep(name: str, call: AttentionCall) -> None:
-        statistics[name] = attention_statistics(call.query, call.key, **call.settings)
+    def statistics(call: AttentionCall) -> AttentionStatistics:
+        return attention_statistics(call.query, call.key, **call.settings)
 
-    with watch_attention(model, keep) as layers:
-        if not layers:
-            raise ValueError(
-                "model: expected attention layers, such as layers of "
-                "bayesattn.MultiheadAttention, found none"
-            )
-        yield statistics
-    if not statistics:
-        warnings.warn(
-            "layer_statistics: no attention layer of the model was called within the context",
-            stacklevel=3,
-        )
+    return last_calls(model, statistics, caller="layer_statistics")
 
 
 def _blocks_of_weights(

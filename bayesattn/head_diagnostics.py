@@ -1,8 +1,8 @@
 """How alike the heads of every attention layer of a model are, and an alarm where they collapse."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.circuits import circuit_products, head_circuits
 from bayesattn.networks.layers import attention_layers, head_partitions
 from bayesattn.networks.stacked_heads import HeadBatch
-from bayesattn.networks.taps import watch_attention
+from bayesattn.networks.taps import last_calls
 
 __all__ = [
     "HeadCollapseWarning",
@@ -58,8 +58,7 @@ class HeadStatistics(NamedTuple):
         return effective_heads(self.cosine)
 
 
-@contextmanager
-def head_statistics(model: nn.Module) -> Iterator[dict[str, HeadStatistics]]:
+def head_statistics(model: nn.Module) -> AbstractContextManager[dict[str, HeadStatistics]]:
     """Collect how alike the heads of every attention layer are.
 
     Within the context each call of a layer puts its statistics into the dictionary, under the
@@ -73,20 +72,7 @@ def head_statistics(model: nn.Module) -> Iterator[dict[str, HeadStatistics]]:
     Raises:
         ValueError: If the model has no such layer.
     """
-    statistics: dict[str, HeadStatistics] = {}
-
-    def keep(name: str, call: AttentionCall) -> None:
-        statistics[name] = _statistics(call)
-
-    with watch_attention(model, keep) as layers:
-        if not layers:
-            raise ValueError("model: expected attention layers, found none")
-        yield statistics
-    if not statistics:
-        warnings.warn(
-            "head_statistics: no attention layer of the model was called within the context",
-            stacklevel=3,
-        )
+    return last_calls(model, _statistics, caller="head_statistics")
 
 
 def weight_similarity(model: nn.Module) -> dict[str, Float[Tensor, "_head _head"]]:

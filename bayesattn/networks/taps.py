@@ -1,9 +1,11 @@
 """Taps of a model's attention layers, whatever they are, open while a context lasts."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.interface_tap import watch_interface
 from bayesattn.networks.layers import AttentionLayer, attention_layers
 
-__all__ = ["attention_calls", "watch_attention"]
+__all__ = ["attention_calls", "last_calls", "watch_attention"]
 
 
 @contextmanager
@@ -72,6 +74,42 @@ def watch_attention(
                 stack.enter_context(layer.kind.watch(layer.module, take))
         stack.enter_context(watch_interface(inside))
         yield layers
+
+
+@contextmanager
+def last_calls(
+    model: nn.Module, summarize: Callable[[AttentionCall], Any], *, caller: str
+) -> Iterator[dict[str, Any]]:
+    """Collect what a function makes of the last call of each attention layer.
+
+    Args:
+        model: Any module.
+        summarize: What is kept of a call.
+        caller: Who warns if there is none.
+
+    Yields:
+        By the layers' names, what is kept so far.
+
+    Raises:
+        ValueError: If the model has no such layer.
+    """
+    found: dict[str, Any] = {}
+
+    def keep(name: str, call: AttentionCall) -> None:
+        found[name] = summarize(call)
+
+    with watch_attention(model, keep) as layers:
+        if not layers:
+            raise ValueError(
+                "model: expected attention layers, such as layers of "
+                "bayesattn.MultiheadAttention, found none"
+            )
+        yield found
+    if not found:
+        warnings.warn(
+            f"{caller}: no attention layer of the model was called within the context",
+            stacklevel=3,
+        )
 
 
 @contextmanager
