@@ -14,6 +14,7 @@ from bayesattn.head_similarity import (
     cosine_similarity,
     effective_heads,
     jensen_shannon,
+    over_norms,
 )
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.circuits import circuit_products, head_circuits
@@ -93,10 +94,7 @@ def circuit_similarity(model: nn.Module) -> dict[str, Float[Tensor, "_head _head
                 continue
             heads = HeadBatch(layer.partitions(roles, joint=True))
             circuits = head_circuits(heads, heads.particles())
-            products = circuit_products(circuits, circuits)[0]
-            norms = products.diagonal().sqrt()
-            norms = torch.where(norms > 0, norms, 1.0)
-            found[heads.names[0]] = products / (norms[:, None] * norms)
+            found[heads.names[0]] = over_norms(circuit_products(circuits, circuits)[0])
     return found
 
 

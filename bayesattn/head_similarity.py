@@ -27,6 +27,7 @@ __all__ = [
     "effective_heads",
     "jensen_shannon",
     "mean_over_pairs",
+    "over_norms",
 ]
 
 
@@ -72,9 +73,7 @@ def centered_kernel_alignment(
         else:
             crossed = torch.einsum("...hsa,...tsb->...htab", centered, centered)
             products = crossed.square().sum((-2, -1))
-    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    norms = torch.where(norms > 0, norms, 1.0)
-    return _with_ones(products / (norms[..., :, None] * norms[..., None, :]))
+    return _with_ones(over_norms(products))
 
 
 def jensen_shannon(
@@ -128,6 +127,13 @@ def effective_heads(similarity: Float[Tensor, "*batch head head"]) -> Float[Tens
     eigenvalues = torch.linalg.eigvalsh(known / similarity.shape[-1])
     count = torch.special.entr(eigenvalues.clamp_min(0.0)).sum(-1).exp()
     return torch.where(is_known, count, torch.nan)
+
+
+def over_norms(products: Float[Tensor, "*batch head head"]) -> Float[Tensor, "*batch head head"]:
+    """Inner products over the norms of both, of which those that are zero count as one."""
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    norms = torch.where(norms > 0, norms, 1.0)
+    return products / (norms[..., :, None] * norms[..., None, :])
 
 
 def mean_over_pairs(values: Float[Tensor, "*batch head head"]) -> Float[Tensor, "*batch"]:
