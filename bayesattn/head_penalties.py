@@ -13,19 +13,18 @@ Source:
     D'Angelo and Fortuin (2021), Repulsive deep ensembles are Bayesian, arXiv:2106.11642.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from bayesattn.head_similarity import cosine_similarity, mean_over_pairs
 from bayesattn.kernels import IMQ, RBF
 from bayesattn.kernels.distances import full_precision, widened
 from bayesattn.networks.attention_call import AttentionCall
-from bayesattn.networks.taps import watch_attention
+from bayesattn.networks.observation import ObservedCalls
 
 __all__ = [
     "HeadPenalty",
@@ -114,32 +113,18 @@ class HeadPenalty:
                 "HeadPenalty: expected functions, such as orthogonality_penalty and head_weights, "
                 f"got {penalty!r} and {rows!r}"
             )
-        self._model, self._penalty, self._rows = model, penalty, rows
-        self._found: dict[str, list[Tensor]] = {}
+        self._penalty, self._rows = penalty, rows
+        self._observed = ObservedCalls(model, "HeadPenalty")
 
-    @contextmanager
-    def observe(self) -> Iterator[None]:
+    def observe(self) -> AbstractContextManager[None]:
         """Collect the calls of the layers within the context; earlier ones are forgotten.
 
         Raises:
             ValueError: If the model has no such layer.
-            RuntimeError: If a layer is called under activation checkpointing, which would call it
-                again without the penalty.
+            RuntimeError: If a layer is called without gradients, as activation checkpointing does
+                with ``use_reentrant=True``.
         """
-        self._found = {}
-
-        def keep(name: str, call: AttentionCall) -> None:
-            if _is_checkpointed():
-                raise RuntimeError(
-                    f"HeadPenalty: layer '{name}' was called under activation checkpointing, which "
-                    "loses the penalty's gradient; switch it off for layers that are observed"
-                )
-            self._found.setdefault(name, []).append(self._penalty(self._rows(call)).mean())
-
-        with watch_attention(self._model, keep) as layers:
-            if not layers:
-                raise ValueError("model: expected attention layers, found none")
-            yield
+        return self._observed.observe()
 
     def loss(self) -> Float[Tensor, ""]:
         """Mean over layers of the mean over their calls.
@@ -147,12 +132,8 @@ class HeadPenalty:
         Raises:
             RuntimeError: If no call was observed.
         """
-        if not self._found:
-            raise RuntimeError("HeadPenalty.loss() needs a call of the model within observe()")
-        return torch.stack([torch.stack(found).mean() for found in self._found.values()]).mean()
-
-
-def _is_checkpointed() -> bool:
-    """Whether what is saved for the backward pass is to be computed again then."""
-    hooks = _top_saved_tensors_default_hooks(False)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        means = []
+        for placed in self._observed.calls().values():
+            values = [self._penalty(self._rows(call)).mean() for _, call in placed]
+            means.append(torch.stack(values).mean())
+        return torch.stack(means).mean()

@@ -135,12 +135,24 @@ def test_calls_of_a_layer_count_as_one_layer(generator):
     torch.testing.assert_close(penalty.loss(), expected)
 
 
-def test_activation_checkpointing_is_refused(generator):
+def test_activation_checkpointing_changes_nothing(generator):
+    """Mutant: what is observed computes within the region, which then does less the second time."""
     model = Classifier(EMBED, HEADS)
     tokens = torch.randn(2, TOKENS, EMBED, generator=generator)
-    penalty = HeadPenalty(model, cosine_penalty)
-    with pytest.raises(RuntimeError, match="activation checkpointing"), penalty.observe():
-        checkpoint(model, tokens, use_reentrant=False)
+    penalty = HeadPenalty(model, cosine_penalty, head_outputs)
+
+    def gradients(run):
+        model.zero_grad()
+        with penalty.observe():
+            output = run(model, tokens)
+        (output.square().sum() + penalty.loss()).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients(lambda model, tokens: model(tokens))
+    again = gradients(lambda model, tokens: checkpoint(model, tokens, use_reentrant=False))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), penalty.observe():
+        checkpoint(model, tokens.requires_grad_(), use_reentrant=True)
 
 
 def test_products_are_in_full_precision_under_autocast(generator):

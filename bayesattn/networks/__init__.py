@@ -4,6 +4,7 @@ from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.circuits import Circuits, circuit_products, head_circuits
 from bayesattn.networks.head_slices import ROLES, HeadLayout, HeadSlice, ProjectionSlices
 from bayesattn.networks.layers import AttentionLayer, attention_layers, head_partitions
+from bayesattn.networks.observation import ObservedCalls, PlacedCall
 from bayesattn.networks.partition import HeadPartition
 from bayesattn.networks.recognition import register_attention_layer
 from bayesattn.networks.stacked_heads import HeadBatch, head_batches
@@ -18,6 +19,8 @@ __all__ = [
     "HeadLayout",
     "HeadPartition",
     "HeadSlice",
+    "ObservedCalls",
+    "PlacedCall",
     "ProjectionSlices",
     "attention_calls",
     "attention_layers",

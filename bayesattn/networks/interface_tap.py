@@ -100,12 +100,19 @@ def _observed(
         if module in records:
             settings = _settings(module, (query, key), attention_mask, kwargs, implementation)
             heads = result[0].transpose(1, 2)
-            records[module](AttentionCall(query, key, value, heads, settings))
+            is_self = _is_self_attention(module, query, key)
+            records[module](AttentionCall(query, key, value, heads, settings, is_self))
         return result
 
     # For blocks within blocks, which see the name of this function and not of the one beneath.
     observed.implementation = implementation  # pyright: ignore[reportFunctionMemberAccess]
     return observed
+
+
+def _is_self_attention(module: nn.Module, query: Tensor, key: Tensor) -> bool:
+    # With cached keys, the first of them are earlier tokens.
+    crosses = getattr(module, "is_cross_attention", "Cross" in type(module).__name__)
+    return not crosses and query.shape[-2] == key.shape[-2]
 
 
 def _eager(module: nn.Module) -> AttentionFunction:

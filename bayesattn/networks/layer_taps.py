@@ -1,30 +1,32 @@
 """Taps of single layers: what their calls hand to attention, recorded while a context lasts.
 
-Queries, keys and values of PyTorch's layer, of ours and of pooling are projected a second time;
-they are the same, and gradients pass through them.
+The layers compute what they would compute, and nothing twice; a tap only looks on.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from bayesattn.head_layout import append_positions, project, split_heads
+from bayesattn.head_layout import append_positions, split_heads
 from bayesattn.layer_masks import LayerShape, attention_masks
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.networks.attention_call import AttentionCall, Record
 from bayesattn.structured_pooling import StructuredSelfAttention
 
-__all__ = ["Observe", "Watch", "hooked", "pooling_call", "watch_multihead", "watch_own_multihead"]
+__all__ = ["Observe", "Watch", "hooked", "watch_multihead", "watch_own_multihead", "watch_pooling"]
 
 # From a layer, its arguments by place and by name, and its output to what it handed to attention.
 Observe = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], AttentionCall]
 Watch = Callable[[Any, Record], AbstractContextManager[None]]
+# Within PyTorch's functional form.
+_PROJECTIONS = ("_in_projection", "_in_projection_packed")
 
 
 def hooked(observe: Observe) -> Watch:
@@ -43,16 +45,23 @@ def hooked(observe: Observe) -> Watch:
     return watch
 
 
-def pooling_call(
-    module: StructuredSelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> AttentionCall:
-    """One query of each head, and keys and values that all heads share."""
-    given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    tokens = given["tokens"]
-    query = module.query_weight[None, :, None].expand(len(tokens), -1, -1, -1)
-    settings = {"key_mask": given.get("mask"), "scale": 1}
-    key, value = module.keys(tokens)[:, None], tokens[:, None]
-    return AttentionCall(query, key, value, output[0][:, :, None], settings)
+@contextmanager
+def watch_pooling(module: StructuredSelfAttention, record: Record) -> Iterator[None]:
+    """Record one query of each head, and keys and values that all heads share."""
+    with _results_of(module, "keys") as keys:
+
+        def observe(
+            layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> AttentionCall:
+            given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
+            tokens = given["tokens"]
+            query = layer.query_weight[None, :, None].expand(len(tokens), -1, -1, -1)
+            settings = {"key_mask": given.get("mask"), "scale": 1}
+            key, value = keys.pop()[:, None], tokens[:, None]
+            return AttentionCall(query, key, value, output[0][:, :, None], settings)
+
+        with hooked(observe)(module, record):
+            yield
 
 
 @contextmanager
@@ -64,28 +73,53 @@ def watch_own_multihead(module: MultiheadAttention, record: Record) -> Iterator[
         merged[:] = args[:1]
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> AttentionCall:
-        query, key, value, settings = layer.attention_inputs(*args, **kwargs)
+        given = inspect.signature(layer.attention_inputs).bind(*args, **kwargs).arguments
+        query, key, value, settings = inputs.pop()
         heads = split_heads(merged.pop(), layer.num_heads, batch_first=layer.batch_first)
-        return AttentionCall(query, key, value, heads, settings)
+        is_self = given["query"] is given["key"]
+        return AttentionCall(query, key, value, heads, settings, is_self)
 
     hook = module.out_proj.register_forward_pre_hook(keep)
     try:
-        with hooked(observe)(module, record):
+        with _results_of(module, "attention_inputs") as inputs, hooked(observe)(module, record):
             yield
     finally:
         hook.remove()
 
 
 @contextmanager
+def _results_of(module: nn.Module, name: str) -> Iterator[list[Any]]:
+    """Keep the last result of a module's method."""
+    last, before = [], vars(module).get(name)
+    setattr(module, name, _keeping(last, getattr(module, name)))
+    try:
+        yield last
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+
+@contextmanager
 def watch_multihead(module: nn.MultiheadAttention, record: Record) -> Iterator[None]:
     """Record what PyTorch's layer, or a layer derived from it, hands to its functional form."""
     before = vars(module).get("forward")
-    forward = module.forward
+    records = getattr(before, "records", None)
+    if records is not None:
+        # Watched already: a mode within a mode would see nothing.
+        records.append(record)
+        try:
+            yield
+        finally:
+            records.remove(record)
+        return
+    forward, records = module.forward, [record]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _FunctionalCalls(record):
+        with _FunctionalCalls(records):
             return forward(*args, **kwargs)
 
+    watched.records = records  # pyright: ignore[reportFunctionMemberAccess]
     # Not hooks, of which an interrupt may skip the second and leave the mode in force.
     module.forward = watched
     try:
@@ -99,9 +133,9 @@ def watch_multihead(module: nn.MultiheadAttention, record: Record) -> Iterator[N
 class _FunctionalCalls(TorchFunctionMode):
     """Sees the calls of ``F.multi_head_attention_forward``."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, records: list[Record]) -> None:
         super().__init__()
-        self.record = record
+        self.records = records
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.multi_head_attention_forward:
@@ -109,26 +143,38 @@ class _FunctionalCalls(TorchFunctionMode):
         given = inspect.signature(func).bind(*args, **(kwargs or {}))
         given.apply_defaults()
         call = given.arguments
-        weight, bias = call["out_proj_weight"], call["out_proj_bias"]
-        # Under the identity the function returns the heads' outputs themselves.
-        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        given.arguments |= {"out_proj_weight": identity, "out_proj_bias": None}
-        merged, weights = func(*given.args, **given.kwargs)
-        heads = split_heads(merged, call["num_heads"], batch_first=False)
-        self.record(AttentionCall(*_projected(call), heads, _settings(call)))
-        output = F.linear(merged.flatten(0, -2), weight, bias)
-        return output.view(*merged.shape[:-1], -1), weights
+        projected, merged = [], []
+
+        def linear(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if weight is call["out_proj_weight"]:
+                merged.append(features)
+            return F.linear(features, weight, bias)
+
+        # The same code, to which these names mean what looks on.
+        names = {name: _keeping(projected, vars(F)[name]) for name in _PROJECTIONS}
+        names |= {"linear": linear, "has_torch_function": lambda _: False}
+        result = FunctionType(func.__code__, vars(F) | names)(*given.args, **given.kwargs)
+        heads = merged.pop().unflatten(0, projected[-1][0].shape[:2])
+        query, key, value, heads = (
+            split_heads(part, call["num_heads"], batch_first=False)
+            for part in (*projected.pop(), heads)
+        )
+        appended = (call["bias_k"], call["bias_v"])
+        key, value = append_positions(key, value, *appended, add_zero_attn=call["add_zero_attn"])
+        is_self = call["query"] is call["key"]
+        seen = AttentionCall(query, key, value, heads, _settings(call), is_self)
+        for record in tuple(self.records):
+            record(seen)
+        return result
 
 
-def _projected(call: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    separate = call["use_separate_proj_weight"]
-    weights = [call[name] for name in names] if separate else call["in_proj_weight"]
-    parts = project(call["query"], call["key"], call["value"], weights, call["in_proj_bias"])
-    query, key, value = (split_heads(p, call["num_heads"], batch_first=False) for p in parts)
-    appended = (call["bias_k"], call["bias_v"])
-    key, value = append_positions(key, value, *appended, add_zero_attn=call["add_zero_attn"])
-    return query, key, value
+def _keeping(results: list[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        results[:] = [function(*args, **kwargs)]
+        return results[0]
+
+    return observed
 
 
 def _settings(call: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from bayesattn.networks.layer_taps import (
     Observe,
     Watch,
     hooked,
-    pooling_call,
     watch_multihead,
     watch_own_multihead,
+    watch_pooling,
 )
 from bayesattn.networks.torch_layouts import multihead_layout, pooling_layout
 
@@ -37,7 +37,7 @@ _BUILT_IN = {
     "torch.nn.modules.activation.MultiheadAttention": LayerKind(multihead_layout, watch_multihead),
     "bayesattn.multihead.MultiheadAttention": LayerKind(multihead_layout, watch_own_multihead),
     "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(
-        pooling_layout, hooked(pooling_call)
+        pooling_layout, watch_pooling
     ),
     **{name: LayerKind(describe) for name, describe in HUGGING_FACE.items()},
 }

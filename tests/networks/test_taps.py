@@ -183,7 +183,7 @@ def test_gradients_pass_through_calls(kind, generator):
     with attention_calls(layer) as calls:
         layer(*parts)
     (call,) = calls[""]
-    call.weights().square().sum().backward()
+    call.weights().square().sum().backward(retain_graph=True)
     assert layer.in_proj_weight.grad[: 2 * WIDTH].abs().min() > 0
     assert not layer.in_proj_weight.grad[2 * WIDTH :].any()
     call.head_outputs.sum().backward()
