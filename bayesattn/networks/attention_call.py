@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -57,13 +58,13 @@ class AttentionCall(NamedTuple):
         """
         query, key = self.query, self.key
         shape = (*query.shape[:3], key.shape[2])
-        given = {name: self.settings.get(name) for name in _MASKS}
+        given: dict[str, Any] = {name: self.settings.get(name) for name in _MASKS}
         given["is_causal"] = bool(given["is_causal"])
         if given["attn_mask"] is not None:
             given["attn_mask"] = with_infinities(given["attn_mask"])
         pairs = combine_masks(shape, **given, device=query.device).pairs()
         if pairs is None:
-            full = query.new_ones((), dtype=bool)
+            full = torch.ones((), dtype=torch.bool, device=query.device)
             return full.expand(shape[:3]), full.expand(*shape[:2], shape[3])
         # A mask of keys alone has one row for all queries.
         seeing = pairs.any(-1).expand(shape[:3])
