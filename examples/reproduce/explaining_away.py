@@ -6,7 +6,7 @@ from scratch to classify sentences, with each normalization in turn::
 
     python -m examples.reproduce.explaining_away --data DIR --jobs 2
 
-``text_tasks.py`` says what may lie in DIR; SNIPS comes with the package. See README.md in this
+``text_corpora.py`` says what may lie in DIR; SNIPS comes with the package. See README.md in this
 folder for what was found.
 """
 

@@ -6,7 +6,7 @@ several ways that differ in nothing else (``head_methods.py``)::
 
     python -m examples.reproduce.repulsive_heads --data DIR --jobs 2
 
-``text_tasks.py`` says what may lie in DIR; SNIPS comes with the package. Tasks are a data set, a
+``text_corpora.py`` says what may lie in DIR; SNIPS comes with the package. Tasks are a data set, a
 network and a number of heads:
 
 * ``pooling``, the paper's set-up: a bidirectional LSTM and structured self-attention with a shared

