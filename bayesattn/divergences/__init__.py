@@ -1,18 +1,29 @@
 """Divergences between two point clouds, such as the queries and the keys of an attention layer."""
 
+from bayesattn.divergences.adversary import Adversarial
+from bayesattn.divergences.bidirectional_transport import (
+    ConditionalTransport,
+    conditional_transport,
+)
 from bayesattn.divergences.energy import Energy, energy_distance
 from bayesattn.divergences.kernel_discrepancy import MMD, squared_mmd
+from bayesattn.divergences.permutation import PermutationTest, permutation_test
 from bayesattn.divergences.point_clouds import Divergence, PointClouds, Weights, weighted_clouds
 from bayesattn.divergences.sliced import SlicedWasserstein, sliced_wasserstein
 
 __all__ = [
     "MMD",
+    "Adversarial",
+    "ConditionalTransport",
     "Divergence",
     "Energy",
+    "PermutationTest",
     "PointClouds",
     "SlicedWasserstein",
     "Weights",
+    "conditional_transport",
     "energy_distance",
+    "permutation_test",
     "sliced_wasserstein",
     "squared_mmd",
     "weighted_clouds",

@@ -1,0 +1,130 @@
+r"""Small networks that see each head's points through weights of that head.
+
+.. math:: \mathrm{hw}(x) = \tau \odot \mathrm{ReLU}(\Phi_h x) + (1 - \tau) \odot x, \qquad
+    \tau = \sigma(\Phi_\tau x)
+
+A network that all heads share can only tell the mixture of all heads' queries from the mixture of
+their keys: heads may exchange roles unseen. Here each head has its own.
+
+Source:
+    Srivastava et al. (2015), Highway networks, arXiv:1505.00387; with attention: Zhang et al.
+    (2021), Alignment attention, arXiv:2110.12567, who share it among heads.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from bayesattn.contraction import weighted_sums
+
+__all__ = ["HeadwiseLinear", "HeadwiseMLP", "Highway", "call_reversed"]
+
+
+class HeadwiseLinear(nn.Module):
+    """An affine map for each head, initialized as :class:`torch.nn.Linear` is.
+
+    Args:
+        num_heads: Number of heads.
+        in_features: Width of the points.
+        out_features: Width of what they become.
+    """
+
+    def __init__(self, num_heads: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = in_features**-0.5
+        shape = (num_heads, in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, out_features).uniform_(-bound, bound))
+
+    def forward(
+        self, points: Float[Tensor, "*batch head point in_features"]
+    ) -> Float[Tensor, "*batch head point out_features"]:
+        """Map each head's points."""
+        num_heads, width, _ = self.weight.shape
+        if points.ndim < 3 or points.shape[-1] != width or points.shape[-3] not in (1, num_heads):
+            raise ValueError(
+                f"points: expected '*batch {num_heads} point {width}', got {tuple(points.shape)}"
+            )
+        return weighted_sums(points, self.weight.to(points)) + self.bias.to(points)
+
+
+class HeadwiseMLP(nn.Sequential):
+    """Two layers with a leaky ReLU between them.
+
+    Args:
+        num_heads: Number of heads.
+        in_features: Width of the points.
+        hidden_features: Width between the layers.
+        out_features: Width of what comes out.
+    """
+
+    def __init__(
+        self, num_heads: int, in_features: int, hidden_features: int, out_features: int
+    ) -> None:
+        super().__init__(
+            HeadwiseLinear(num_heads, in_features, hidden_features),
+            nn.LeakyReLU(0.2),
+            HeadwiseLinear(num_heads, hidden_features, out_features),
+        )
+
+
+class Highway(nn.Module):
+    """A layer that lets part of its input pass, as much as it finds right.
+
+    Args:
+        num_heads: Number of heads.
+        dim: Width of the points.
+    """
+
+    def __init__(self, num_heads: int, dim: int) -> None:
+        super().__init__()
+        self.change = HeadwiseLinear(num_heads, dim, dim)
+        self.gate = HeadwiseLinear(num_heads, dim, dim)
+
+    def forward(
+        self, points: Float[Tensor, "*batch head point dim"]
+    ) -> Float[Tensor, "*batch head point dim"]:
+        """Mix points with what they become."""
+        gate = torch.sigmoid(self.gate(points))
+        return torch.lerp(points, F.relu(self.change(points)), gate)
+
+
+def call_reversed(module: nn.Module, *points: Tensor) -> tuple[Tensor, ...]:
+    """Call a module so that its parameters ascend where everything else descends.
+
+    Gradients change sign at the parameters, not at the points: an adversary maximizes what the
+    network that makes the points minimizes, both by one backward pass.
+    """
+    turned = {name: _reverse(value) for name, value in module.named_parameters()}
+    return tuple(functional_call(module, turned, (x,)) for x in points)
+
+
+def _reverse(parameter: Tensor) -> Tensor:
+    return _Reversal.apply(parameter)  # pyright: ignore[reportReturnType]
+
+
+class _Reversal(Function):
+    """The identity, with minus its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return -tangent
