@@ -14,6 +14,7 @@ from bayesattn.inference.head_diffusion import SteinDiffusion
 from bayesattn.inference.head_forces import CircuitForce, SteinForce, WassersteinForce
 from bayesattn.inference.head_motion import RepulsionInfo
 from bayesattn.inference.initialization import initial_values
+from bayesattn.inference.layer_alignment import Alignment
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.matching import match_heads
 from bayesattn.inference.nuts import NUTS
@@ -37,6 +38,7 @@ __all__ = [
     "SVI",
     "WGD",
     "Affine",
+    "Alignment",
     "Checkpoint",
     "CircuitForce",
     "ClosedForms",

@@ -1,0 +1,251 @@
+r"""Alignment: the queries and keys of a network's heads are drawn together while it is trained.
+
+.. math:: L = -\log p(y \mid x) + \lambda \sum_{l h} \frac1n \sum_i D(p^Q_{ilh}, p^K_{ilh})
+
+In each sentence i and head h of layer l, queries and keys are two clouds of points, whose order and
+pairing do not matter. Only training sees the term: inference is the network's own.
+
+Source:
+    Zhang et al. (2021), Alignment attention by matching key and query distributions,
+    arXiv:2110.12567, eq. 2. There λ = 0.01 for the sum over heads.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, distributed, nn
+
+from bayesattn.divergences import Divergence
+from bayesattn.inference.observed_clouds import mean_divergence
+from bayesattn.inference.observed_layers import (
+    check_factor,
+    chosen_layers,
+    cloud_width,
+    head_factors,
+    number_of_heads,
+    place_counts,
+)
+from bayesattn.inference.schedules import Number
+from bayesattn.networks import AttentionCall, AttentionLayer, ObservedCalls
+
+__all__ = ["Alignment"]
+
+# From a layer's number of heads and their width to a divergence with parameters of its own.
+Adversary = Callable[[int, int], nn.Module]
+
+
+class Alignment(nn.Module):
+    """Adds up how far the queries of a model's heads are from their keys, as a term of the loss.
+
+    ::
+
+        alignment = Alignment(model, ConditionalTransport.learned, weight=0.01)
+        learned = alignment.parameter_groups(lr=1e-3)
+        optimizer = AdamW([{"params": model.parameters()}, *learned], lr=1e-4)
+        for tokens, target in batches:
+            optimizer.zero_grad()
+            with alignment.observe():
+                loss = cross_entropy(model(tokens), target)
+            (loss + alignment.loss()).backward()
+            optimizer.step()
+            alignment.step()
+
+    It is a module that holds what is learned beside the model, such as critics, and nothing of the
+    model; nothing is left on the model either. Padding takes no part: what no query may see, and in
+    self-attention queries in the same places. A compiled model runs as it is written while it is
+    observed. Under data-parallel training, call :meth:`sync_gradients` after the backward pass.
+
+    Args:
+        model: Any module with attention layers that :mod:`bayesattn.networks` knows.
+        divergence: One of :mod:`bayesattn.divergences`, the same for all layers; or, to have one
+            that learns in each layer, what makes it of the layer's number of heads and their
+            width, such as :class:`~bayesattn.divergences.Adversarial` or
+            :meth:`ConditionalTransport.learned <bayesattn.divergences.ConditionalTransport>`.
+        weight: λ, not negative; or a function that gives it from the number of steps so far.
+        layers: Names of the layers that count; all if None.
+        layer_weights: By the names of layers, a further factor on them, or one for each head.
+        reduction: "sum" over layers and heads, as published, or "mean" over them.
+        places: In how many places of the model each layer stands, where it is called more than
+            once in a pass and what learns shall be apart for each; a number, or by names.
+        seed: Of the initial values of what learns; torch's own random state is left as it is.
+
+    Raises:
+        ValueError: If the model has no such layers, names are unknown, weights are not finite
+            numbers or negative, or the divergence is neither of the two.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        divergence: Divergence | Adversary,
+        weight: Number | Callable[[int], Number] = 0.01,
+        *,
+        layers: Sequence[str] | None = None,
+        layer_weights: Mapping[str, Number | Sequence[Number]] | None = None,
+        reduction: str = "sum",
+        places: int | Mapping[str, int] = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        found = chosen_layers(model, layers)
+        self.reduction, self.num_steps, self._weight = reduction, 0, weight
+        check_factor("weight", self.weight)
+        self._factors = head_factors(found, layer_weights or {})
+        self._observed = ObservedCalls(model, "Alignment")
+        # One for all layers, or the numbers of those of each layer and place.
+        self._shared: Divergence | None = None
+        self._numbers: dict[tuple[str, int], int] = {}
+        self.adversaries = nn.ModuleList()
+        self._is_synced = False
+        if _takes(divergence, 5):
+            self._shared = cast(Divergence, divergence)
+        elif _takes(divergence, 2):
+            counts = place_counts(found, places)
+            self._make_adversaries(found, counts, cast(Adversary, divergence), seed)
+        else:
+            raise ValueError(
+                "divergence: expected one of bayesattn.divergences, or what makes one of a number "
+                f"of heads and their width, got {divergence!r}"
+            )
+        # Of the last call of loss(), by layer, or by layer and place where there are several.
+        self.head_divergences: dict[str, Float[Tensor, " head"]] = {}
+
+    @property
+    def weight(self) -> Number:
+        """λ at the present step."""
+        return self._weight(self.num_steps) if callable(self._weight) else self._weight
+
+    def observe(self) -> AbstractContextManager[None]:
+        """Collect what the layers are called with; what was collected earlier is forgotten.
+
+        Raises:
+            RuntimeError: If a layer is called without gradients in a context that has them, as
+                activation checkpointing does with ``use_reentrant=True``.
+        """
+        return self._observed.observe()
+
+    def loss(self) -> Float[Tensor, ""]:
+        """λ times the sum, or the mean, over layers and heads of the mean over sentences.
+
+        :attr:`head_divergences` then holds each head's, without λ and gradients.
+
+        Raises:
+            RuntimeError: If no call was observed, or what learns does not suffice for all places of
+                a layer.
+            ValueError: If λ is negative or no finite number.
+        """
+        weight = self.weight
+        check_factor("weight", weight)
+        terms, factors, self.head_divergences = [], [], {}
+        for (name, place), calls in self._calls_by_place().items():
+            found = mean_divergence(self._divergence(name, place), calls)
+            label = name if place == 0 else f"{name}[{place}]"
+            self.head_divergences[label] = found.detach()
+            factor = found.new_tensor(self._factors[name])
+            terms.append((factor * found).sum())
+            factors.extend(self._factors[name])
+        total = weight * torch.stack(terms).sum()
+        return total / sum(factors) if self.reduction == "mean" else total
+
+    def step(self) -> None:
+        """Count a step, for λ that changes with them; call it after the optimizer's."""
+        self.num_steps += 1
+
+    def parameter_groups(self, **settings: Any) -> list[dict[str, Any]]:
+        """Give an optimizer what learns beside the model, if anything does.
+
+        Args:
+            settings: The optimizer's for these parameters, such as ``lr``.
+        """
+        parameters = [value for value in self.parameters() if value.requires_grad]
+        return [{"params": parameters, **settings}] if parameters else []
+
+    @torch.no_grad()
+    def sync_gradients(self) -> None:
+        """Average over processes the gradients of what learns beside the model.
+
+        The first call also hands all processes the parameters of the first. There is nothing to do
+        outside of ``torch.distributed``.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        parameters = [value for value in self.parameters() if value.requires_grad]
+        for parameter in parameters:
+            if not self._is_synced:
+                distributed.broadcast(parameter.data, 0)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= distributed.get_world_size()
+        self._is_synced = True
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Number of steps, for ``state_dict``."""
+        return {"num_steps": self.num_steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Go on from a number of steps."""
+        self.num_steps = state["num_steps"]
+
+    def extra_repr(self) -> str:
+        """What is aligned, and how much."""
+        return f"weight={self.weight}, reduction={self.reduction!r}, layers={len(self._factors)}"
+
+    def _make_adversaries(
+        self,
+        layers: Mapping[str, AttentionLayer],
+        places: Mapping[str, int],
+        make: Adversary,
+        seed: int,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, layer in layers.items():
+                for place in range(places[name]):
+                    made = make(number_of_heads(layer), cloud_width(layer))
+                    if not isinstance(made, nn.Module):
+                        raise ValueError(
+                            "divergence: expected one of bayesattn.divergences, or what makes a "
+                            f"module of a number of heads and their width, got {made!r} of it"
+                        )
+                    like = next(layer.module.parameters())
+                    wide = torch.promote_types(like.dtype, torch.float32)
+                    self._numbers[name, place] = len(self.adversaries)
+                    self.adversaries.append(made.to(like.device, wide))
+
+    def _divergence(self, name: str, place: int) -> Any:
+        if self._shared is not None:
+            return self._shared
+        if (name, place) not in self._numbers:
+            count = sum(1 for other, _ in self._numbers if other == name)
+            raise RuntimeError(
+                f"Alignment: layer '{name}' was called {place + 1} times in one pass of the model, "
+                f"and has what learns for {count}; say places={{'{name}': ...}}"
+            )
+        return self.adversaries[self._numbers[name, place]]
+
+    def _calls_by_place(self) -> dict[tuple[str, int], list[AttentionCall]]:
+        found: dict[tuple[str, int], list[AttentionCall]] = {}
+        for name, placed in self._observed.calls().items():
+            for place, call in placed if name in self._factors else ():
+                found.setdefault((name, place), []).append(call)
+        if not found:
+            raise RuntimeError("Alignment.loss() needs a call of a layer that counts")
+        return found
+
+
+def _takes(function: object, count: int) -> bool:
+    """Whether something can be called with so many arguments by place."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return True
