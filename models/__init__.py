@@ -6,6 +6,7 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.models.attention_mixtures import AttentionMixture, VariancePrior
+from bayesattn.models.gibbs_alignment import AlignmentFactor
 from bayesattn.models.hybrid_attention import HybridAttention
 from bayesattn.models.keys_from_queries import KeysFromQueries
 from bayesattn.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
@@ -15,6 +16,7 @@ from bayesattn.models.queries_from_keys import QueriesFromKeys
 from bayesattn.models.self_attention import MultiHeadSelfAttention
 
 __all__ = [
+    "AlignmentFactor",
     "AttentionMixture",
     "AttentionPooling",
     "Bernoulli",

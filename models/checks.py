@@ -21,21 +21,29 @@ def check_settings(model: Any) -> None:
             raise ValueError(f"{field.name} must be positive, got {value}")
 
 
-def check_sentences(tokens: Tensor, mask: Tensor | None, target: Tensor | None) -> None:
+def check_sentences(
+    tokens: Tensor, mask: Tensor | None, target: Tensor | None, *, prefix: str = ""
+) -> None:
     """Check that tokens, mask and observations belong together.
+
+    Args:
+        tokens: Token vectors.
+        mask: True where there is a token.
+        target: Observations.
+        prefix: Of the names in messages.
 
     Raises:
         ValueError: If shapes or types do not fit.
     """
     if tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(
-            "tokens must be floating point vectors of shape (sentence, token, dim), got "
+            f"{prefix}tokens must be floating point vectors of shape (sentence, token, dim), got "
             f"{tokens.dtype} of shape {tuple(tokens.shape)}"
         )
     if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(
-            "mask must be boolean, True where there is a token, of shape (sentence, token) = "
-            f"{tuple(tokens.shape[:2])}, got {mask.dtype} of shape {tuple(mask.shape)}"
+            f"{prefix}mask must be boolean, True where there is a token, of shape (sentence, "
+            f"token) = {tuple(tokens.shape[:2])}, got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     if target is not None and target.shape != tokens.shape[:1]:
         raise ValueError(

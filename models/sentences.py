@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """Sentences of one evaluation.
 
     Attributes:
-        plate: ``sentence``, to stand around what every sentence has.
+        plate: To stand around what every sentence has.
         tokens: Token vectors.
         mask: True where there is a token, not padding; None without padding.
         target: Observations, or None.
@@ -40,7 +40,13 @@ class Batch(NamedTuple):
 
 
 def minibatch(
-    tokens: Tensor, mask: Tensor | None, target: Tensor | None, batch_size: int | None
+    tokens: Tensor,
+    mask: Tensor | None,
+    target: Tensor | None,
+    batch_size: int | None,
+    *,
+    axis: str = "sentence",
+    prefix: str = "",
 ) -> Batch:
     """Check the data, and draw sentences for one evaluation.
 
@@ -49,13 +55,15 @@ def minibatch(
         mask: True where there is a token, not padding, (sentence, token).
         target: One observation a sentence.
         batch_size: How many sentences to draw; all if None, or if there are no more.
+        axis: Name of the plate.
+        prefix: Of the arguments' names in messages.
 
     Raises:
         ValueError: If shapes or types do not fit.
     """
-    check_sentences(tokens, mask, target)
+    check_sentences(tokens, mask, target, prefix=prefix)
     size = None if batch_size is None else min(batch_size, len(tokens))
-    plate = pyro.plate("sentence", len(tokens), subsample_size=size)
+    plate = pyro.plate(axis, len(tokens), subsample_size=size)
     with plate:
         tokens = pyro.subsample(tokens, event_dim=2)
         mask = None if mask is None else pyro.subsample(mask, event_dim=1)

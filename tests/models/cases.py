@@ -6,7 +6,9 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from bayesattn.divergences import Energy
 from bayesattn.models import (
+    AlignmentFactor,
     AttentionPooling,
     Bernoulli,
     Categorical,
@@ -15,12 +17,17 @@ from bayesattn.models import (
 )
 
 NUM_SENTENCES, NUM_TOKENS, DIM, NUM_HEADS, WIDTH, NUM_CLASSES = 7, 5, 3, 2, 11, 13
-PLATES = ("head", "sentence")
+PLATES = ("head", "sentence", "unlabeled")
+ALIGNMENT = 0.7
 
 MODELS = {
     "pooling": (AttentionPooling, {}),
     "hidden": (AttentionPooling, {"hidden_dim": WIDTH}),
     "self_attention": (MultiHeadSelfAttention, {"head_dim": WIDTH}),
+    "aligned": (
+        MultiHeadSelfAttention,
+        {"head_dim": WIDTH, "alignment": AlignmentFactor(Energy(), ALIGNMENT)},
+    ),
 }
 LIKELIHOODS = {
     "categorical": Categorical(NUM_CLASSES),

@@ -37,6 +37,7 @@ AXES = {
         "attention": ["sentence", "head", "query", "key"],
     },
 }
+AXES["aligned"] = AXES["self_attention"] | {"divergence": ["sentence", "head"]}
 SIZES = {
     "head": NUM_HEADS,
     "feature": DIM,
@@ -109,7 +110,7 @@ def test_predictions_for_new_sentences(name, routine, likelihood, generator):
     new = torch.randn(11, 17, DIM, generator=generator), torch.ones(11, 17, dtype=torch.bool)
     predicted = posterior.predict(*new, sites=["attention", "expected_target", "target"], seed=0)
     lead = (2, 1) if routine == "heads" else (2, 3)
-    pair = (17, 17) if name == "self_attention" else (17,)
+    pair = (17,) if name in ("pooling", "hidden") else (17, 17)
     outcome = (NUM_CLASSES,) if likelihood == "categorical" else ()
     assert predicted["attention"].shape == (*lead, 11, NUM_HEADS, *pair)
     assert predicted["expected_target"].shape == (*lead, 11, *outcome)

@@ -10,6 +10,7 @@ import torch
 from bayesattn.inference import DensitySettings, LogDensity
 from tests import reference
 from tests.models.cases import (
+    ALIGNMENT,
     DIM,
     LIKELIHOODS,
     MODELS,
@@ -32,6 +33,7 @@ PRIOR_SCALES = {
     "hidden": {"query_weight": 1.0, "hidden_weight": DIM**-0.5},
     "self_attention": dict.fromkeys(("query_weight", "key_weight", "value_weight"), DIM**-0.5),
 }
+PRIOR_SCALES["aligned"] = PRIOR_SCALES["self_attention"]
 SITES = {name: {*scales, "readout_weight", "readout_bias"} for name, scales in PRIOR_SCALES.items()}
 BY_HEAD = ("query_weight", "key_weight", "value_weight", "readout_weight")
 
@@ -41,7 +43,7 @@ def features_by_hand(name, data, values):
     values = {site: value.numpy() for site, value in values.items()}
     tokens = data.tokens.double().numpy()
     mask = np.ones(tokens.shape[:2], bool) if data.mask is None else data.mask.numpy()
-    if name == "self_attention":
+    if name in ("self_attention", "aligned"):
         weights = (values[f"{part}_weight"] for part in ("query", "key", "value"))
         return reference.self_attention_features(tokens, mask, *weights)
     hidden = values.get("hidden_weight")
@@ -53,6 +55,21 @@ def outputs_by_hand(name, data, values):
     features, _ = features_by_hand(name, data, values)
     weight, bias = values["readout_weight"].numpy(), values["readout_bias"].numpy()
     return reference.read_out(features, weight, bias)
+
+
+def divergences_by_hand(data, values):
+    """Energy distance of queries and keys, of each sentence and head, by loops."""
+    tokens = data.tokens.double().numpy()
+    mask = np.ones(tokens.shape[:2], bool) if data.mask is None else data.mask.numpy()
+    result = np.zeros((len(tokens), NUM_HEADS))
+    for sentence, head in np.ndindex(*result.shape):
+        words = tokens[sentence][mask[sentence]]
+        if len(words):
+            points = (words @ values[f"{part}_weight"][head].numpy() for part in ("query", "key"))
+            even = [np.full(len(words), 1 / len(words))] * 2
+            contrast = reference.pair_contrast(lambda x, y: np.linalg.norm(x - y), *points, *even)
+            result[sentence, head] = -contrast
+    return result
 
 
 def log_joint_by_hand(name, likelihood, data, values):
@@ -72,6 +89,8 @@ def log_joint_by_hand(name, likelihood, data, values):
             total -= math.log1p(math.exp(-output[0] if target else output[0]))
         else:
             total += reference.normal_log_density([target - output[0]], noise)
+    if name == "aligned":
+        total -= ALIGNMENT * divergences_by_hand(data, values).sum()
     return total
 
 
@@ -272,6 +291,8 @@ def test_dims_name_each_axis_of_each_site(name, likelihood, generator):
     values = draw_values(model, data, generator)
     named = run(model, data, values)[0] | {"tokens": data.tokens, "mask": data.mask}
     assert SITES[name] <= named.keys()
+    assert ("divergence" in named) == (name == "aligned")
+    named.pop("alignment", None)
     sizes = {"sentence": NUM_SENTENCES, "token": NUM_TOKENS, "feature": DIM, "head": NUM_HEADS}
     for site in named.keys() - {"target"}:
         labels = model.dims[site]
