@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bayesattn.encoder import TransformerEncoderLayer as TransformerEncoderLayer
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
+    from bayesattn.graph_layers import GraphAttention as GraphAttention
     from bayesattn.head_diagnostics import circuit_similarity as circuit_similarity
     from bayesattn.head_diagnostics import head_statistics as head_statistics
     from bayesattn.head_diagnostics import warn_of_collapse as warn_of_collapse
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "GraphAttention",
     "HeadPenalty",
     "MultiheadAttention",
     "StructuredSelfAttention",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "GraphAttention": "bayesattn.graph_layers",
     "HeadPenalty": "bayesattn.head_penalties",
     "MultiheadAttention": "bayesattn.multihead",
     "StructuredSelfAttention": "bayesattn.structured_pooling",
