@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bayesattn.networks.graph_tap import graph_layout, watch_graph
 from bayesattn.networks.head_slices import ROLES, HeadLayout
 from bayesattn.networks.huggingface_layouts import HUGGING_FACE
 from bayesattn.networks.layer_taps import (
@@ -39,6 +40,7 @@ _BUILT_IN = {
     "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(
         pooling_layout, watch_pooling
     ),
+    "bayesattn.graph_layers.GraphAttention": LayerKind(graph_layout, watch_graph),
     **{name: LayerKind(describe) for name, describe in HUGGING_FACE.items()},
 }
 _registered: dict[type, LayerKind] = {}
