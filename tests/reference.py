@@ -202,3 +202,21 @@ def prefix_column_then_row(logits):
         ]
         weights[i, : i + 1] = np.array(row) / sum(row)
     return weights
+
+
+def conditional_transport(logit, cost, x, y, a, b):
+    """Mean cost of moving x by softmax plans to y, and y to x, half and half."""
+
+    def one_way(logit, cost, x, y, a, b):
+        total = 0.0
+        for i in range(len(x)):
+            plan = [b[j] * np.exp(logit(x[i], y[j])) for j in range(len(y))]
+            moved = sum(plan[j] * cost(x[i], y[j]) for j in range(len(y))) / sum(plan)
+            total += a[i] / sum(a) * moved
+        return total
+
+    def turned(function):
+        return lambda one, other: function(other, one)
+
+    back = one_way(turned(logit), turned(cost), y, x, b, a)
+    return 0.5 * one_way(logit, cost, x, y, a, b) + 0.5 * back

@@ -8,7 +8,7 @@ The navigator says who is near, :math:`s_{ij} = \tau(x_i) \cdot \tau(y_j)`; with
 :math:`s_{ij} = -c_{ij} / T`. The critic says what a move costs. A plan is attention between the
 clouds, and a mean cost under it a mean of features, so memory is linear in the points.
 
-At finite temperature CT(p, p) is positive, and falls as the cloud shrinks; the debiased form is
+At finite temperature CT(p, p) is positive, and its gradient rescales the cloud. Debiased it is
 
 .. math:: \mathrm{CT}(p, q) - \tfrac12 \mathrm{CT}(p, p) - \tfrac12 \mathrm{CT}(q, q),
 

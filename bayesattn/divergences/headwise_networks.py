@@ -11,12 +11,9 @@ Source:
     (2021), Alignment attention, arXiv:2110.12567, who share it among heads.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -100,31 +97,6 @@ def call_reversed(module: nn.Module, *points: Tensor) -> tuple[Tensor, ...]:
     Gradients change sign at the parameters, not at the points: an adversary maximizes what the
     network that makes the points minimizes, both by one backward pass.
     """
-    turned = {name: _reverse(value) for name, value in module.named_parameters()}
+    # The value itself, without rounding, and minus its gradient.
+    turned = {name: 2 * value.detach() - value for name, value in module.named_parameters()}
     return tuple(functional_call(module, turned, (x,)) for x in points)
-
-
-def _reverse(parameter: Tensor) -> Tensor:
-    return _Reversal.apply(parameter)  # pyright: ignore[reportReturnType]
-
-
-class _Reversal(Function):
-    """The identity, with minus its gradient."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(parameter: Tensor) -> Tensor:
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return -tangent

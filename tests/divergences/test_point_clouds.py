@@ -7,12 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bayesattn.divergences import MMD, Divergence, Energy, SlicedWasserstein, weighted_clouds
+from bayesattn.divergences import (
+    MMD,
+    ConditionalTransport,
+    Divergence,
+    Energy,
+    SlicedWasserstein,
+    weighted_clouds,
+)
 from bayesattn.kernels import IMQ, RBF
 
 PLAIN = [MMD(), MMD(IMQ()), MMD(RBF(0.7)), Energy(), SlicedWasserstein(num_projections=7)]
 UNBIASED = [MMD(unbiased=True), Energy(unbiased=True)]
-ALL = PLAIN + UNBIASED
+TRANSPORT = [
+    ConditionalTransport(),
+    ConditionalTransport(cost="squared", temperature=3.0),
+    ConditionalTransport(cost="squared", temperature=3.0, debiased=True),
+]
+ALL = PLAIN + UNBIASED + TRANSPORT
 SEEDS = st.integers(0, 2**16)
 SIZES = st.integers(1, 6)
 
