@@ -27,6 +27,7 @@ from bayesattn.inference.spos import SPOS
 from bayesattn.inference.stein_discrepancy import SteinDiscrepancy, ksd
 from bayesattn.inference.svgd import SVGD
 from bayesattn.inference.svi import SVI
+from bayesattn.inference.weight_search import WeightSearch, WeightTrial, weight_for_target
 from bayesattn.inference.wgd import WGD
 
 __all__ = [
@@ -56,9 +57,12 @@ __all__ = [
     "SteinDiscrepancy",
     "SteinForce",
     "WassersteinForce",
+    "WeightSearch",
+    "WeightTrial",
     "compare",
     "initial_values",
     "ksd",
     "laplace",
     "match_heads",
+    "weight_for_target",
 ]

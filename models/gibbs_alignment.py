@@ -43,9 +43,10 @@ class AlignmentFactor:
     none, and a posterior's log likelihood leaves it out.
 
     Args:
-        divergence: Such as :class:`~bayesattn.divergences.MMD`: a fixed function that is never
-            negative. A critic in it must be frozen: adversaries are optimized, by
-            :class:`bayesattn.inference.Alignment`, and never sampled.
+        divergence: Such as :class:`~bayesattn.divergences.MMD`: a fixed function, best one that is
+            never negative, since one that may be rewards more than agreement. A critic in it must
+            be frozen: adversaries are optimized, by :class:`bayesattn.inference.Alignment`, and
+            never sampled.
         weight: λ; for every head, or one a head. With the loss of ``Alignment`` over N sentences,
             it is the same λ if the loss is N times the mean. As a tensor it is data to a recorded
             graph: given to the program as an argument, or written in place, it may change without
