@@ -75,6 +75,7 @@ _EARLY_VIT = _Names(
 HUGGING_FACE: dict[str, Callable[[Any], HeadLayout | None]] = {
     f"transformers.models.{name}": describe
     for name, describe in {
+        "albert.modeling_albert.AlbertAttention": _linear(_Names("query", "key", "value", "dense")),
         "bert.modeling_bert.BertAttention": _BERT_BLOCK,
         "bert.modeling_bert.BertSelfAttention": _BERT,
         "bert.modeling_bert.BertCrossAttention": _BERT,

@@ -67,6 +67,12 @@ MODELS = {
         },
         "transformer.layer.{}.attention",
     ),
+    # One layer in all places.
+    "albert": (
+        "AlbertModel",
+        {**_BERT, "embedding_size": 5},
+        "encoder.albert_layer_groups.0.albert_layers.0.attention",
+    ),
     "gpt2": ("GPT2Model", _GPT2, "h.{}.attn"),
     "llama": (
         "LlamaModel",
@@ -97,7 +103,7 @@ def build(kind, implementation="eager", **more):
     model = model_class(config).to(torch.float64).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return model, [layer_name.format(place) for place in range(LAYERS)]
+    return model, list(dict.fromkeys(layer_name.format(place) for place in range(LAYERS)))
 
 
 def inputs(kind, generator, *, padded=True):
@@ -170,7 +176,8 @@ def test_calls_are_what_happened(kind, implementation, padded, generator):
         weights = eager(**given, output_attentions=True).attentions
     assert torch.equal(found, expected)
     assert list(calls) == names
-    for (call,), of_eager in zip(calls.values(), weights, strict=True):
+    in_order = [call for of_layer in calls.values() for call in of_layer]
+    for call, of_eager in zip(in_order, weights, strict=True):
         torch.testing.assert_close(call.weights(), of_eager)
         repeats = call.query.shape[1] // call.value.shape[1]
         value = call.value.repeat_interleave(repeats, 1)
