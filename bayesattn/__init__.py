@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bayesattn import networks as networks
     from bayesattn import normalizations as normalizations
     from bayesattn import plots as plots
+    from bayesattn.alignment_diagnostics import alignment_statistics as alignment_statistics
+    from bayesattn.attention_changes import attention_change as attention_change
+    from bayesattn.attention_changes import attention_snapshot as attention_snapshot
     from bayesattn.attention_diagnostics import attention_statistics as attention_statistics
     from bayesattn.attention_diagnostics import layer_statistics as layer_statistics
     from bayesattn.encoder import TransformerEncoder as TransformerEncoder
@@ -45,7 +48,10 @@ __all__ = [
     "TransformerEncoder",
     "TransformerEncoderLayer",
     "__version__",
+    "alignment_statistics",
     "attention",
+    "attention_change",
+    "attention_snapshot",
     "attention_statistics",
     "attention_weights",
     "calibration",
@@ -74,7 +80,10 @@ _MODULE_OF = {
     "StructuredSelfAttention": "bayesattn.structured_pooling",
     "TransformerEncoder": "bayesattn.encoder",
     "TransformerEncoderLayer": "bayesattn.encoder",
+    "alignment_statistics": "bayesattn.alignment_diagnostics",
     "attention": "bayesattn.functional",
+    "attention_change": "bayesattn.attention_changes",
+    "attention_snapshot": "bayesattn.attention_changes",
     "attention_statistics": "bayesattn.attention_diagnostics",
     "attention_weights": "bayesattn.functional",
     "circuit_similarity": "bayesattn.head_diagnostics",
