@@ -102,7 +102,7 @@ class Alignment(nn.Module):
         self._shared: Divergence | None = None
         self._numbers: dict[tuple[str, int], int] = {}
         self.adversaries = nn.ModuleList()
-        self._is_synced = False
+        self._is_shared_out = False
         if _takes(divergence, 5):
             self._shared = cast(Divergence, divergence)
         elif _takes(divergence, 2):
@@ -128,6 +128,11 @@ class Alignment(nn.Module):
             RuntimeError: If a layer is called without gradients in a context that has them, as
                 activation checkpointing does with ``use_reentrant=True``.
         """
+        if _is_distributed() and not self._is_shared_out:
+            # All processes begin with what the first one drew.
+            for parameter in self.parameters():
+                distributed.broadcast(parameter.detach(), 0)
+            self._is_shared_out = True
         return self._observed.observe()
 
     def loss(self) -> Float[Tensor, ""]:
@@ -170,20 +175,15 @@ class Alignment(nn.Module):
     def sync_gradients(self) -> None:
         """Average over processes the gradients of what learns beside the model.
 
-        The first call also hands all processes the parameters of the first. There is nothing to do
-        outside of ``torch.distributed``.
+        There is nothing to do outside of ``torch.distributed``, or if nothing learns.
         """
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not _is_distributed():
             return
-        parameters = [value for value in self.parameters() if value.requires_grad]
-        for parameter in parameters:
-            if not self._is_synced:
-                distributed.broadcast(parameter.data, 0)
+        for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
             parameter.grad /= distributed.get_world_size()
-        self._is_synced = True
 
     def get_extra_state(self) -> dict[str, int]:
         """Number of steps, for ``state_dict``."""
@@ -238,6 +238,10 @@ class Alignment(nn.Module):
         if not found:
             raise RuntimeError("Alignment.loss() needs a call of a layer that counts")
         return found
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _takes(function: object, count: int) -> bool:

@@ -72,3 +72,14 @@ def test_fused_attention_needs_no_more_memory_than_pytorchs():
     settings = {"rounds": 1, "seconds": 0.01, "clock": time.process_time}
     _, memory = attention_speed.measure(4096, **settings, match="doubly, fused")
     assert memory["doubly, fused"] <= 1.3 * memory["SDPA"]
+
+
+def test_alignment_is_timed_beside_attention_and_a_training_step():
+    command = [sys.executable, "-m", "tests.benchmarks.alignment_speed", "--lengths", "16,32"]
+    command += ["--width", "16", "--layers", "1", "--batch", "2", "--tokens", "6"]
+    command += ["--rounds", "1", "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("transport, fused") == 2
+    for name in ("training step", "MMD", "adversary"):
+        assert name in done.stdout
