@@ -14,6 +14,7 @@ Source:
 
 import math
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,6 +63,8 @@ class Adversarial(nn.Module):
         """Score of two clouds; see :class:`~bayesattn.divergences.Divergence`."""
         clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
         with full_precision(clouds.query):
-            as_query, as_key = call_reversed(self.discriminator, clouds.query, clouds.key)
-        right = (clouds.query_weights * F.logsigmoid(as_query.squeeze(-1))).sum(-1)
-        return right + (clouds.key_weights * F.logsigmoid(-as_key.squeeze(-1))).sum(-1) + _LEAST
+            points = torch.cat([clouds.query, clouds.key], -2)
+            told = call_reversed(self.discriminator, points).squeeze(-1)
+        as_query, as_key = told.split([clouds.query.shape[-2], clouds.key.shape[-2]], -1)
+        right = (clouds.query_weights * F.logsigmoid(as_query)).sum(-1)
+        return right + (clouds.key_weights * F.logsigmoid(-as_key)).sum(-1) + _LEAST

@@ -154,20 +154,22 @@ class ConditionalTransport(nn.Module):
         """Transport cost of two clouds; see :class:`~bayesattn.divergences.Divergence`."""
         clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
         with full_precision(clouds.query):
+            points = torch.cat([clouds.query, clouds.key], -2)
+            sizes = [clouds.query.shape[-2], clouds.key.shape[-2]]
             seen = clouds
             if self.critic is not None:
-                judged = call_reversed(self.critic, clouds.query, clouds.key)
+                judged = call_reversed(self.critic, points).split(sizes, -2)
                 seen = clouds._replace(query=judged[0], key=judged[1])
             costs = cost_features(seen, self.cost)
             guides = costs
             if self.navigator is not None:
-                guides = (self.navigator(clouds.query), self.navigator(clouds.key))
+                guides = self.navigator(points).split(sizes, -2)
             first = _Cloud(guides[0], costs[0], clouds.query_weights)
             second = _Cloud(guides[1], costs[1], clouds.key_weights)
-            total = 0.5 * (self._one_way(first, second) + self._one_way(second, first))
+            total = self._both_ways(first, second)
             if not self.debiased:
                 return total.clamp_min(0.0)
-            return total - 0.5 * (self._one_way(first, first) + self._one_way(second, second))
+            return total - 0.5 * (self._to_itself(first) + self._to_itself(second))
 
     def extra_repr(self) -> str:
         """Choices."""
@@ -176,24 +178,38 @@ class ConditionalTransport(nn.Module):
             f"route={self.route!r}"
         )
 
+    def _both_ways(self, first: "_Cloud", second: "_Cloud") -> Tensor:
+        if self._is_fused(first, second):
+            return 0.5 * (self._one_way(first, second) + self._one_way(second, first))
+        # Both plans are made of one matrix of logits.
+        squared = [cloud.costs.square().sum(-1) for cloud in (first, second)]
+        apart = squared[0][..., None] + squared[1][..., None, :]
+        apart = apart - 2 * inner_products(first.costs, second.costs)
+        logits = -apart / self.temperature
+        if self.navigator is not None:
+            logits = inner_products(first.guides, second.guides)
+        to_second = (logits + _log(second.weights)[..., None, :]).softmax(-1)
+        to_first = (logits + _log(first.weights)[..., None]).softmax(-2)
+        moved = first.weights[..., None] * to_second + second.weights[..., None, :] * to_first
+        return 0.5 * (moved * apart).sum((-2, -1))
+
+    def _to_itself(self, cloud: "_Cloud") -> Tensor:
+        # Both ways are one.
+        is_fused = self._is_fused(cloud, cloud)
+        return self._one_way(cloud, cloud) if is_fused else self._both_ways(cloud, cloud)
+
     def _one_way(self, origin: "_Cloud", goal: "_Cloud") -> Tensor:
-        """Mean cost of moving the points of one cloud to another under its plan."""
+        """Mean cost of moving the points of one cloud to another, by attention."""
         bias, scale = _log(goal.weights), 1.0
         squared = goal.costs.square().sum(-1)
         if self.navigator is None:
             # Of minus the squared distance, what the origin's points have in common is left out.
             scale = 2.0 / self.temperature
             bias = bias - squared / self.temperature
-        if self._is_fused(origin, goal):
-            values = torch.cat([goal.costs, squared[..., None]], -1)
-            mean = attention_with_key_bias(origin.guides, goal.guides, values, bias, scale=scale)
-            between = (origin.costs * mean[..., :-1]).sum(-1)
-            costs = origin.costs.square().sum(-1) + mean[..., -1] - 2 * between
-        else:
-            logits = scale * inner_products(origin.guides, goal.guides) + bias[..., None, :]
-            products = inner_products(origin.costs, goal.costs)
-            pairs = origin.costs.square().sum(-1, keepdim=True) + squared[..., None, :]
-            costs = (logits.softmax(-1) * (pairs - 2 * products)).sum(-1)
+        values = torch.cat([goal.costs, squared[..., None]], -1)
+        mean = attention_with_key_bias(origin.guides, goal.guides, values, bias, scale=scale)
+        between = (origin.costs * mean[..., :-1]).sum(-1)
+        costs = origin.costs.square().sum(-1) + mean[..., -1] - 2 * between
         return (origin.weights * costs).sum(-1)
 
     def _is_fused(self, origin: "_Cloud", goal: "_Cloud") -> bool:

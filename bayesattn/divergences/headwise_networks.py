@@ -91,7 +91,7 @@ class Highway(nn.Module):
         return torch.lerp(points, F.relu(self.change(points)), gate)
 
 
-def call_reversed(module: nn.Module, *points: Tensor) -> tuple[Tensor, ...]:
+def call_reversed(module: nn.Module, points: Tensor) -> Tensor:
     """Call a module so that its parameters ascend where everything else descends.
 
     Gradients change sign at the parameters, not at the points: an adversary maximizes what the
@@ -99,4 +99,4 @@ def call_reversed(module: nn.Module, *points: Tensor) -> tuple[Tensor, ...]:
     """
     # The value itself, without rounding, and minus its gradient.
     turned = {name: 2 * value.detach() - value for name, value in module.named_parameters()}
-    return tuple(functional_call(module, turned, (x,)) for x in points)
+    return functional_call(module, turned, (points,))
