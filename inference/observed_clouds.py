@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.divergences import Divergence
+from bayesattn.divergences.empty_clouds import divergence_or_zero
 from bayesattn.networks import AttentionCall
 
 __all__ = ["mean_divergence"]
@@ -35,14 +36,6 @@ def mean_divergence(
 
 
 def _summed(divergence: Divergence, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    query_mask, key_mask = call.cloud_masks()
-    counts = query_mask.any(-1) & key_mask.any(-1)
-    # A sentence without a cloud gets one that stands at zero, and is then left out.
-    query, key = (
-        torch.where(counts[..., None, None], points, 0.0)
-        for points in (call.query, call.key_of_each_head())
-    )
-    found = divergence(
-        query, key, query_mask | ~counts[..., None], key_mask | ~counts[..., None], None
-    )
-    return torch.where(counts, found, 0.0).sum(0), counts.sum(0)
+    clouds = (call.query, call.key_of_each_head())
+    found, counts = divergence_or_zero(divergence, *clouds, *call.cloud_masks())
+    return found.sum(0), counts.sum(0)
