@@ -183,8 +183,8 @@ class ConditionalTransport(nn.Module):
             return 0.5 * (self._one_way(first, second) + self._one_way(second, first))
         # Both plans are made of one matrix of logits.
         squared = [cloud.costs.square().sum(-1) for cloud in (first, second)]
-        apart = squared[0][..., None] + squared[1][..., None, :]
-        apart = apart - 2 * inner_products(first.costs, second.costs)
+        products = inner_products(first.costs, second.costs)
+        apart = (squared[0][..., None] + squared[1][..., None, :]).sub(products, alpha=2)
         logits = -apart / self.temperature
         if self.navigator is not None:
             logits = inner_products(first.guides, second.guides)

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bayesattn.contraction import weighted_sums
-
 __all__ = ["HeadwiseLinear", "HeadwiseMLP", "Highway", "call_reversed"]
 
 
@@ -47,7 +45,12 @@ class HeadwiseLinear(nn.Module):
             raise ValueError(
                 f"points: expected '*batch {num_heads} point {width}', got {tuple(points.shape)}"
             )
-        return weighted_sums(points, self.weight.to(points)) + self.bias.to(points)
+        batch = points.shape[:-3]
+        # Each head's points in one run: what a map gives is so already for the next.
+        rows = points.expand(*batch, num_heads, -1, -1).movedim(-3, 0)
+        weight, bias = self.weight.to(points), self.bias.to(points)
+        mapped = torch.baddbmm(bias, rows.reshape(num_heads, -1, width), weight)
+        return mapped.unflatten(1, rows.shape[1:-1]).movedim(0, -3)
 
 
 class HeadwiseMLP(nn.Sequential):

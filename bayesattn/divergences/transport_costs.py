@@ -48,20 +48,13 @@ def cost_features(
     query, key = clouds.query, clouds.key
     if cost == "cosine":
         query, key = (unit_vectors(x) * 0.5**0.5 for x in (query, key))
-    # A sum of products, not a product, which autocast would narrow.
-    center = 0.5 * (
-        (clouds.query_weights[..., None] * query).sum(-2, keepdim=True)
-        + (clouds.key_weights[..., None] * key).sum(-2, keepdim=True)
-    )
-    center = center.detach()
+    with torch.no_grad():
+        center = clouds.query_weights[..., None, :] @ query + clouds.key_weights[..., None, :] @ key
+        center = 0.5 * center
     return query - center, key - center
 
 
 def unit_vectors(points: Float[Tensor, "*batch point dim"]) -> Float[Tensor, "*batch point dim"]:
     """Directions of points; zero, without a gradient, where a point is zero."""
-    # By its largest entry first, so that no square overflows.
-    largest = points.detach().abs().amax(-1, keepdim=True)
-    is_zero = largest == 0
-    points = points / torch.where(is_zero, 1.0, largest)
-    squared = points.square().sum(-1, keepdim=True)
-    return torch.where(is_zero, 0.0, points * torch.where(is_zero, 1.0, squared).rsqrt())
+    length = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return points / torch.where(length == 0, torch.inf, length)
