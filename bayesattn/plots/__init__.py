@@ -1,5 +1,6 @@
 """Pictures of posteriors, as matplotlib figures that leave no global state behind."""
 
+from bayesattn.plots.alignment_pictures import alignment
 from bayesattn.plots.attended_words import attention
 from bayesattn.plots.attention_pictures import attention_maps, column_mass
 from bayesattn.plots.head_pictures import head_forces, head_similarity
@@ -8,6 +9,7 @@ from bayesattn.plots.posterior_draws import forest, marginals
 from bayesattn.plots.quality import reliability, scores
 
 __all__ = [
+    "alignment",
     "attention",
     "attention_maps",
     "column_mass",
