@@ -443,6 +443,65 @@ def test_bad_predictions(predictions):
         plots.reliability(probabilities, labels[:5])
 
 
+def test_selective_risk_shows_the_curves_and_their_areas(predictions, tmp_path):
+    """By hand: of predictions in order, errors so far; mutants: methods or axes exchanged."""
+    probabilities, labels = predictions
+    figure = plots.selective_risk(probabilities, labels, {"SVI": torch.arange(300.0)}, title="Risk")
+    (axes,) = drawn(figure, tmp_path)
+    wrong = probabilities["NUTS"].argmax(-1) != labels
+    orders = [probabilities["NUTS"].amax(-1).argsort(descending=True), torch.arange(300)]
+    names = []
+    kept = np.arange(1, 301)
+    for method, line, order in zip(probabilities, axes.lines[::2], orders, strict=True):
+        risk = np.cumsum(wrong[order].numpy()) / kept
+        np.testing.assert_allclose(line.get_xdata(), kept / 300)
+        np.testing.assert_allclose(line.get_ydata(), risk)
+        names.append(f"{method} (AURC {risk.mean():.3f})")
+    assert legend_of(figure) == names
+    for end in axes.lines[1::2]:
+        np.testing.assert_allclose(end.get_xydata(), [[1, wrong.double().mean()]])
+
+
+def test_pavpu_is_that_of_each_share_of_certain_predictions(predictions, tmp_path):
+    """By hand at the first, the middle and the last, which is the accuracy; ties stay together."""
+    probabilities, labels = predictions
+    given = torch.tensor([1.0, 2.0, 5.0]).repeat(100)
+    figure = plots.pavpu(probabilities, labels, {"SVI": given})
+    (axes,) = drawn(figure, tmp_path)
+    right = probabilities["NUTS"].argmax(-1) == labels
+    entropy = torch.special.entr(probabilities["NUTS"]).sum(-1)
+    for line, uncertainty in zip(axes.lines[::2], (entropy, given), strict=True):
+        for place, last in ((0, 0), (50, 150), (100, 299)):
+            certain = uncertainty <= uncertainty.sort().values[last]
+            value = ((right & certain) | (~right & ~certain)).double().mean()
+            np.testing.assert_allclose(line.get_xydata()[place], [certain.double().mean(), value])
+    for end in axes.lines[1::2]:
+        np.testing.assert_allclose(end.get_xydata(), [[1, right.double().mean()]])
+    best = [line.get_ydata().max() for line in axes.lines[::2]]
+    assert legend_of(figure) == [f"NUTS (at best {best[0]:.3f})", f"SVI (at best {best[1]:.3f})"]
+    # Only the order of uncertainties matters.
+    (other,) = plots.pavpu(probabilities, labels, {"NUTS": entropy.exp(), "SVI": given**3}).axes
+    for line, same in zip(axes.lines, other.lines, strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), same.get_xydata())
+
+
+@pytest.mark.parametrize("draw", [plots.selective_risk, plots.pavpu])
+def test_curves_of_uncertainty_lie_within_their_axes_and_refuse(draw, predictions):
+    probabilities, labels = predictions
+    (axes,) = draw(probabilities, labels).axes
+    highest = max(line.get_ydata().max() for line in axes.lines)
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > highest
+    with pytest.raises(ValueError, match="probabilities must hold at least one entry, got none"):
+        draw({}, labels)
+    with pytest.raises(ValueError, match=r"some of \['NUTS', 'SVI'\], got \['HMC'\]"):
+        draw(probabilities, labels, {"HMC": torch.ones(300)})
+    with pytest.raises(ValueError, match="labels: expected one for each prediction"):
+        draw(probabilities, labels[:5])
+    with pytest.raises(ValueError, match="uncertainty: expected one for each of 300 predictions"):
+        draw(probabilities, labels, {"SVI": torch.ones(3)})
+
+
 # Global state
 
 

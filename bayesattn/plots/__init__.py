@@ -6,7 +6,7 @@ from bayesattn.plots.attention_pictures import attention_maps, column_mass
 from bayesattn.plots.head_pictures import head_forces, head_similarity
 from bayesattn.plots.learning_curves import optimization
 from bayesattn.plots.posterior_draws import forest, marginals
-from bayesattn.plots.quality import reliability, scores
+from bayesattn.plots.quality import pavpu, reliability, scores, selective_risk
 
 __all__ = [
     "alignment",
@@ -18,6 +18,8 @@ __all__ = [
     "head_similarity",
     "marginals",
     "optimization",
+    "pavpu",
     "reliability",
     "scores",
+    "selective_risk",
 ]

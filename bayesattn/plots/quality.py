@@ -8,10 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bayesattn.calibration import expected_calibration_error, reliability_bins
+from bayesattn import calibration
 from bayesattn.plots.canvas import bare, colors, legend_above, new_figure, nonempty
 
-__all__ = ["reliability", "scores"]
+__all__ = ["pavpu", "reliability", "scores", "selective_risk"]
+
+# Thresholds that a curve goes through.
+_NUM_THRESHOLDS = 101
 
 
 def scores(
@@ -82,8 +85,10 @@ def reliability(
     for place, (method, color) in enumerate(
         zip(probabilities, colors(len(probabilities)), strict=True)
     ):
-        bins = reliability_bins(probabilities[method], labels, num_bins=num_bins)
-        error = expected_calibration_error(probabilities[method], labels, num_bins=num_bins)
+        bins = calibration.reliability_bins(probabilities[method], labels, num_bins=num_bins)
+        error = calibration.expected_calibration_error(
+            probabilities[method], labels, num_bins=num_bins
+        )
         count, confidence, right = (part.detach().cpu().double().numpy() for part in bins)
         seen = count > 0
         chance = np.sqrt(confidence * (1 - confidence) / count.clip(min=1))
@@ -105,6 +110,117 @@ def reliability(
         bare(axes)
     legend_above(figure, handles, title)
     return figure
+
+
+def selective_risk(
+    probabilities: Mapping[str, Float[Tensor, "*_batch _class"]],
+    labels: Shaped[Tensor, "*_batch"],
+    uncertainties: Mapping[str, Float[Tensor, "*_batch"]] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw the error rate among the predictions that are kept against how many are kept.
+
+    The most uncertain are refused first. A method whose curve rises late knows where it errs. The
+    legend gives the area under each curve, its risk at all coverages in the mean.
+
+    Args:
+        probabilities: For each method, its predicted probability of each class.
+        labels: What came true, the same for all methods.
+        uncertainties: For some methods, how uncertain each prediction is; of the others, one less
+            the highest probability.
+        title: Above the figure.
+
+    Returns:
+        A figure that pyplot does not know; keep it with ``figure.savefig``.
+
+    Raises:
+        ValueError: If there is no method, an uncertainty is of none of them, or inputs are no
+            probabilities and labels.
+    """
+    given = _uncertainties(probabilities, uncertainties)
+    figure, ((axes,),) = new_figure(1, 1, (6.4, 4.6))
+    handles = []
+    for method, color in zip(probabilities, colors(len(probabilities)), strict=True):
+        curve = calibration.selective_risk(probabilities[method], labels, given.get(method))
+        coverage, risk, area = (part.detach().cpu().double().numpy() for part in curve)
+        label = f"{method} (AURC {area:.3f})"
+        handles += axes.plot(coverage, risk, color=color, linewidth=1.5, label=label)
+        axes.plot(coverage[-1:], risk[-1:], color=color, marker="o", markersize=5)
+    axes.set_xlabel("coverage: share of predictions kept", fontsize=10)
+    axes.set_ylabel("risk: error rate among them", fontsize=10)
+    _from_zero(axes)
+    legend_above(figure, handles, title)
+    return figure
+
+
+def pavpu(
+    probabilities: Mapping[str, Float[Tensor, "*_batch _class"]],
+    labels: Shaped[Tensor, "*_batch"],
+    uncertainties: Mapping[str, Float[Tensor, "*_batch"]] | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
+    """Draw how often right and certain, or wrong and uncertain, go together.
+
+    Against the share of predictions that count as certain, the least uncertain first, so that only
+    their order matters. Curves end at the accuracy, where all are certain; where one is above that,
+    uncertainty tells wrong predictions from right ones. The legend gives its greatest value.
+
+    Args:
+        probabilities: For each method, its predicted probability of each class.
+        labels: What came true, the same for all methods.
+        uncertainties: For some methods, how uncertain each prediction is; of the others, the
+            entropy.
+        title: Above the figure.
+
+    Returns:
+        A figure that pyplot does not know; keep it with ``figure.savefig``.
+
+    Raises:
+        ValueError: If there is no method, an uncertainty is of none of them, or inputs are no
+            probabilities and labels.
+    """
+    given = _uncertainties(probabilities, uncertainties)
+    figure, ((axes,),) = new_figure(1, 1, (6.4, 4.6))
+    handles = []
+    for method, color in zip(probabilities, colors(len(probabilities)), strict=True):
+        uncertainty = given.get(method)
+        if uncertainty is None:
+            uncertainty = calibration.predictive_entropy(probabilities[method])
+        uncertainty = uncertainty.detach().cpu().double()
+        parts = probabilities[method].detach().cpu(), labels.cpu(), uncertainty
+        ordered = uncertainty.flatten().sort().values
+        places = np.linspace(0, len(ordered) - 1, _NUM_THRESHOLDS).round().astype(int)
+        thresholds = ordered[places].tolist()
+        shares = [(ordered <= threshold).double().mean().item() for threshold in thresholds]
+        values = [calibration.pavpu(*parts, threshold=threshold).item() for threshold in thresholds]
+        label = f"{method} (at best {max(values):.3f})"
+        handles += axes.plot(shares, values, color=color, linewidth=1.5, label=label)
+        axes.plot(shares[-1:], values[-1:], color=color, marker="o", markersize=5)
+    axes.set_xlabel("share of predictions that count as certain", fontsize=10)
+    axes.set_ylabel("right and certain, or wrong and uncertain", fontsize=10)
+    _from_zero(axes)
+    legend_above(figure, handles, title)
+    return figure
+
+
+def _uncertainties(
+    probabilities: Mapping[str, Tensor], uncertainties: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    nonempty("probabilities", probabilities)
+    given = {} if uncertainties is None else uncertainties
+    unknown = sorted(set(given) - set(probabilities))
+    if unknown:
+        raise ValueError(f"uncertainties: expected some of {list(probabilities)}, got {unknown}")
+    return given
+
+
+def _from_zero(axes: Axes) -> None:
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.tick_params(labelsize=9)
+    bare(axes)
 
 
 def _values_with_errors(axes: Axes, pairs: Sequence[tuple[float, float]]) -> None:
