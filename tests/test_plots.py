@@ -465,10 +465,11 @@ def test_selective_risk_shows_the_curves_and_their_areas(predictions, tmp_path):
 def test_pavpu_is_that_of_each_share_of_certain_predictions(predictions, tmp_path):
     """By hand at the first, the middle and the last, which is the accuracy; ties stay together."""
     probabilities, labels = predictions
-    given = torch.tensor([1.0, 2.0, 5.0]).repeat(100)
+    right = probabilities["NUTS"].argmax(-1) == labels
+    given = torch.where(right, 1.0, 2.0)
+    given[:50] = 5.0
     figure = plots.pavpu(probabilities, labels, {"SVI": given})
     (axes,) = drawn(figure, tmp_path)
-    right = probabilities["NUTS"].argmax(-1) == labels
     entropy = torch.special.entr(probabilities["NUTS"]).sum(-1)
     for line, uncertainty in zip(axes.lines[::2], (entropy, given), strict=True):
         for place, last in ((0, 0), (50, 150), (100, 299)):
@@ -478,6 +479,7 @@ def test_pavpu_is_that_of_each_share_of_certain_predictions(predictions, tmp_pat
     for end in axes.lines[1::2]:
         np.testing.assert_allclose(end.get_xydata(), [[1, right.double().mean()]])
     best = [line.get_ydata().max() for line in axes.lines[::2]]
+    assert best[1] > right.double().mean() + 0.01
     assert legend_of(figure) == [f"NUTS (at best {best[0]:.3f})", f"SVI (at best {best[1]:.3f})"]
     # Only the order of uncertainties matters.
     (other,) = plots.pavpu(probabilities, labels, {"NUTS": entropy.exp(), "SVI": given**3}).axes
