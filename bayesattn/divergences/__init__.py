@@ -6,6 +6,14 @@ from bayesattn.divergences.bidirectional_transport import (
     conditional_transport,
 )
 from bayesattn.divergences.energy import Energy, energy_distance
+from bayesattn.divergences.entropic import (
+    EntropicDuals,
+    EntropicTransport,
+    SinkhornDivergence,
+    entropic_duals,
+    entropic_transport,
+    sinkhorn_divergence,
+)
 from bayesattn.divergences.kernel_discrepancy import MMD, squared_mmd
 from bayesattn.divergences.permutation import PermutationTest, permutation_test
 from bayesattn.divergences.point_clouds import Divergence, PointClouds, Weights, weighted_clouds
@@ -17,13 +25,19 @@ __all__ = [
     "ConditionalTransport",
     "Divergence",
     "Energy",
+    "EntropicDuals",
+    "EntropicTransport",
     "PermutationTest",
     "PointClouds",
+    "SinkhornDivergence",
     "SlicedWasserstein",
     "Weights",
     "conditional_transport",
     "energy_distance",
+    "entropic_duals",
+    "entropic_transport",
     "permutation_test",
+    "sinkhorn_divergence",
     "sliced_wasserstein",
     "squared_mmd",
     "weighted_clouds",
