@@ -91,20 +91,28 @@ def _statistics(
 ) -> AlignmentStatistics:
     query, key, (query_mask, key_mask) = call.query, call.key_of_each_head(), call.cloud_masks()
     counted = query_mask.any(-1) & key_mask.any(-1)
-    totals = widened(query.new_zeros(2 + num_permutations, query.shape[1]))
+    count = counted.sum(0)
+    # Of each sentence and head the energy distance, the squared MMD, and that of random splits.
+    figures = widened(query.new_zeros(2 + num_permutations, *counted.shape))
     some = max(1, _ENTRIES // (query.shape[2] + key.shape[2]) ** 2)
     places = counted.nonzero()
     for first in range(0, len(places), some):
-        _, head = place = tuple(places[first : first + some].T)
+        place = tuple(places[first : first + some].T)
         points, masks = (query[place], key[place]), (query_mask[place], key_mask[place])
         test = permutation_test(*points, *masks, num_permutations=num_permutations, seed=generator)
         energy = energy_distance(*points, *masks)
-        totals.index_add_(1, head, torch.cat([energy[None], test.statistic[None], test.null]))
-    count = counted.sum(0)
-    energy, squared_mmd, *_ = means = totals / count
-    test = PermutationTest(squared_mmd, means[2:])
-    chance, p_value = test.null.mean(0), test.p_value
-    return AlignmentStatistics(squared_mmd, chance, p_value, energy, _entropy(call), count)
+        figures[:, *place] = torch.cat([energy[None], test.statistic[None], test.null])
+    # As many sentences for every head, those that do not count being zero: p stays what it is.
+    p_value = PermutationTest(figures[1], figures[2:]).mean(0).p_value
+    energy, squared_mmd, *splits = figures.sum(1) / count
+    return AlignmentStatistics(
+        squared_mmd,
+        torch.stack(splits).mean(0),
+        torch.where(count > 0, p_value, torch.nan),
+        energy,
+        _entropy(call),
+        count,
+    )
 
 
 def _entropy(call: AttentionCall) -> Tensor:

@@ -66,7 +66,8 @@ class PermutationTest(NamedTuple):
         and keys of one sentence differ, however much sentences do.
         """
         axis = range(self.statistic.ndim)[axis]
-        return PermutationTest(self.statistic.mean(axis), self.null.mean(axis + 1))
+        statistic, size = self.statistic.mean(axis), self.statistic.abs().mean(axis)
+        return _with_ties(statistic, self.null.mean(axis + 1), size)
 
 
 @torch.no_grad()
@@ -120,10 +121,16 @@ def permutation_test(
             values, size = evaluate(splits)
             spread = torch.maximum(spread, size)
             parts.append(values)
-    null = torch.cat(parts)
-    # The same split of the points, or one that mirrors it, must not lose a tie to rounding.
-    is_tie = (null - observed).abs() <= 16 * torch.finfo(null.dtype).eps * spread
-    return PermutationTest(observed[0], torch.where(is_tie, observed, null))
+    return _with_ties(observed[0], torch.cat(parts), spread)
+
+
+def _with_ties(statistic: Tensor, null: Tensor, size: Tensor) -> PermutationTest:
+    """Take for the statistic what is no further from it than rounding at some size may bring it.
+
+    The same split of the points, or one that mirrors it, must not lose its tie.
+    """
+    is_tie = (null - statistic).abs() <= 16 * torch.finfo(null.dtype).eps * size
+    return PermutationTest(statistic, torch.where(is_tie, statistic, null))
 
 
 # From labels, True for a query, "draw *batch point", to statistics "draw *batch", and how large are

@@ -170,6 +170,17 @@ def test_points_that_coincide_and_single_points_are_no_evidence():
     assert permutation_test(one, other).p_value == 1
 
 
+def test_ties_of_means_are_ties(generator):
+    """Of pairs every split ties; mutant: sums in another order, which round apart."""
+    query, key = torch.randn(2, 7, 501, 1, 3, generator=generator).float()
+    found = permutation_test(query, key, statistic=Energy(), num_permutations=20)
+    for axis in (0, 1, -2):
+        assert (found.mean(axis).p_value == 1).all()
+    order = torch.randperm(501, generator=generator)
+    shuffled = PermutationTest(found.statistic, found.null[:, :, order])
+    assert (shuffled.mean(1).p_value == 1).all()
+
+
 def test_single_precision_tells_clouds_apart(generator):
     """Far from the origin, or under a broad kernel, whose values are nearly one; under autocast."""
     query = torch.randn(2, 50, 3, generator=generator)
