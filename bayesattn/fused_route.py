@@ -65,7 +65,7 @@ def is_fusible(
 def reduce_logits(
     query: Float[Tensor, "*_batch query _dim"],
     key: Float[Tensor, "*_batch key _dim"],
-    scale: float | None,
+    scale: float | int | None,
     logits: LogitsFunction | None,
 ) -> ReducedLogits | None:
     """Logits as inner products with biases, or None where they have no such form."""

@@ -219,7 +219,7 @@ def test_sentences_without_tokens_do_not_count(generator):
     assert all(figure.isnan().all() for figure in found[:-1])
 
 
-def test_pooling_and_half_precision(generator, unchecked_types):
+def test_pooling_and_half_precision(generator):
     """One query of each head against keys that all share; figures are in float32."""
     pooling = ba.StructuredSelfAttention(EMBED, WIDTH, HEADS)
     tokens = torch.randn(SENTENCES, TOKENS, EMBED, generator=generator)

@@ -16,7 +16,7 @@ from bayesattn.divergences.pair_means import contrast
 from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
 from bayesattn.kernels import RBF, Linear, ScalarKernel, Sum, squared_distances
 
-__all__ = ["MMD", "squared_mmd"]
+__all__ = ["MMD", "squared_mmd", "with_pooled_median"]
 
 
 def squared_mmd(
@@ -53,7 +53,7 @@ def squared_mmd(
             the bandwidth "paper", and :class:`~bayesattn.kernels.Linear` unless it is frozen.
     """
     clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
-    kernel = _with_pooled_median(RBF() if kernel is None else kernel, clouds)
+    kernel = with_pooled_median(RBF() if kernel is None else kernel, clouds)
     pairs = ((clouds.query, clouds.query), (clouds.key, clouds.key), (clouds.query, clouds.key))
     squared = contrast(clouds, *(kernel.gram(x, y) for x, y in pairs), unbiased=unbiased)
     return squared if unbiased else squared.clamp_min(0.0)
@@ -88,10 +88,15 @@ class MMD:
         )
 
 
-def _with_pooled_median(kernel: ScalarKernel, clouds: PointClouds) -> ScalarKernel:
+def with_pooled_median(kernel: ScalarKernel, clouds: PointClouds) -> ScalarKernel:
+    """Freeze a kernel whose bandwidth is the median at that of two clouds, pooled.
+
+    Raises:
+        ValueError: For a kernel that is made for one cloud.
+    """
     _refuse_one_cloud(kernel)
     if isinstance(kernel, Sum):
-        return Sum([_with_pooled_median(part, clouds) for part in kernel.kernels], kernel.weights)
+        return Sum([with_pooled_median(part, clouds) for part in kernel.kernels], kernel.weights)
     if not _has_rule(kernel, "median"):
         return kernel
     median = _pooled_median(clouds)

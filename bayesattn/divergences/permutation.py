@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn.divergences.energy import Energy
-from bayesattn.divergences.kernel_discrepancy import MMD, _with_pooled_median
+from bayesattn.divergences.kernel_discrepancy import MMD, with_pooled_median
 from bayesattn.divergences.point_clouds import (
     Divergence,
     PointClouds,
@@ -142,7 +142,7 @@ def _gram(statistic: Divergence, clouds: PointClouds) -> Tensor | None:
     """Of all points, queries before keys: the matrix whose quadratic form the statistic is."""
     points = torch.cat([clouds.query, clouds.key], -2)
     if isinstance(statistic, MMD) and not statistic.unbiased:
-        return _with_pooled_median(statistic.kernel, clouds).gram(points, points)
+        return with_pooled_median(statistic.kernel, clouds).gram(points, points)
     if isinstance(statistic, Energy) and not statistic.unbiased:
         # From differences, as the divergence itself takes them.
         return -torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
