@@ -74,7 +74,7 @@ class DotProduct(Logits):
         scale: :math:`\alpha`; one over the square root of the width if None.
     """
 
-    def __init__(self, scale: float | None = None):
+    def __init__(self, scale: float | int | None = None):
         super().__init__()
         self.scale = scale
 
