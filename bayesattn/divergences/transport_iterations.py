@@ -18,6 +18,7 @@ Source:
     Schmitzer (2016), arXiv:1610.06519.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,14 @@ from torch import Tensor
 from bayesattn.fused import attention_logsumexp
 from bayesattn.fused_operators import _join_batch
 
-__all__ = ["log_weights", "self_dual_operator", "soft_minimum", "transport_duals_operator"]
+__all__ = [
+    "log_weights",
+    "self_dual_operator",
+    "soft_minimum",
+    "squared_costs",
+    "transport_duals_operator",
+    "without_negligible",
+]
 
 # Iterations between two kernels of the dense route, and with one ε.
 _STAGE = 5
@@ -61,13 +69,14 @@ def self_dual_operator(
     x: Tensor, log_a: Tensor, epsilon: float, num_iterations: int, is_dense: bool
 ) -> Tensor:
     """The dual of a cloud "batch point dim" and itself."""
-    f = torch.zeros_like(log_a)
-    logits = -_costs(x, x) / epsilon if is_dense else None
+    f, a, tiny = torch.zeros_like(log_a), log_a.exp(), torch.finfo(x.dtype).tiny
+    kernel = without_negligible(-squared_costs(x, x) / epsilon, -1).exp_() if is_dense else None
     for _ in range(num_iterations):
-        if logits is None:
+        if kernel is None:
             image = soft_minimum(x, x, log_a + f / epsilon, epsilon)
         else:
-            image = -epsilon * (logits + (log_a + f / epsilon)[..., None, :]).logsumexp(-1)
+            sums = kernel @ (a * (f / epsilon).exp())[..., None]
+            image = -epsilon * sums.squeeze(-1).clamp_min(tiny).log()
         f = 0.5 * (f + image)
     return f
 
@@ -89,6 +98,26 @@ def log_weights(weights: Float[Tensor, "*batch point"]) -> Float[Tensor, "*batch
     """Logarithms; minus infinity, without a gradient, where a weight is zero."""
     counts = weights > 0
     return torch.where(counts, torch.where(counts, weights, 1.0).log(), -torch.inf)
+
+
+def squared_costs(
+    x: Float[Tensor, "*batch query dim"], y: Float[Tensor, "*batch key dim"]
+) -> Float[Tensor, "*batch query key"]:
+    """Squared distances; their rounding is that of the squared lengths."""
+    lengths = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+    return lengths - 2.0 * x @ y.mT
+
+
+def without_negligible(
+    logits: Float[Tensor, "*batch query key"], axis: int
+) -> Float[Tensor, "*batch query key"]:
+    """Leave out what beside the largest along an axis is as good as nothing.
+
+    Its exponential would be a number below the smallest normal one, with which processors are slow.
+    """
+    least = 0.8 * math.log(torch.finfo(logits.dtype).tiny)
+    beside = logits.detach() - logits.detach().amax(axis, keepdim=True)
+    return torch.where(beside < least, -torch.inf, logits)
 
 
 # From f, g, ε "batch 1", relaxation and a number of iterations to f and g.
@@ -115,13 +144,13 @@ def _fused_step(x: Tensor, y: Tensor, log_a: Tensor, log_b: Tensor) -> _Step:
 
 
 def _dense_step(x: Tensor, y: Tensor, log_a: Tensor, log_b: Tensor) -> _Step:
-    costs, a, b = _costs(x, y), log_a.exp(), log_b.exp()
+    costs, a, b = squared_costs(x, y), log_a.exp(), log_b.exp()
     tiny = torch.finfo(x.dtype).tiny
 
     def step(f, g, epsilon, relaxation, count):
         logits = (g[..., None, :] - costs) / epsilon[..., None]
         largest = logits.amax(-1, keepdim=True)
-        kernel = (logits - largest).exp_()
+        kernel = without_negligible(logits - largest, -1).exp_()
         largest = largest.squeeze(-1)
         # One exponential for all the iterations of a stage, which scale rows and columns.
         rows, columns = f / epsilon + largest, torch.zeros_like(g)
@@ -134,11 +163,6 @@ def _dense_step(x: Tensor, y: Tensor, log_a: Tensor, log_b: Tensor) -> _Step:
         return epsilon * (rows - largest), g + epsilon * columns
 
     return step
-
-
-def _costs(x: Tensor, y: Tensor) -> Tensor:
-    lengths = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return lengths - 2.0 * x @ y.mT
 
 
 @transport_duals_operator.register_fake

@@ -20,7 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.divergences.transport_iterations import log_weights, soft_minimum
+from bayesattn.divergences.transport_iterations import (
+    log_weights,
+    soft_minimum,
+    squared_costs,
+    without_negligible,
+)
 from bayesattn.fused import attention_with_key_bias
 
 __all__ = ["TransportProblem", "dense_dual_value", "dense_mean_cost", "dual_value", "mean_cost"]
@@ -106,12 +111,13 @@ class _DensePlan:
 
     def __init__(self, problem: TransportProblem, dual_g: Tensor):
         x, y, a, b, epsilon = problem
-        lengths = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-        self.costs = lengths - 2.0 * x @ y.mT
+        self.costs = squared_costs(x, y)
         self.dual_g, self.epsilon = dual_g, epsilon
         logits = (log_weights(b) + dual_g / epsilon)[..., None, :] - self.costs / epsilon
+        logits = without_negligible(logits, -1)
         self.rows, self.dual_f = logits.softmax(-1), -epsilon * logits.logsumexp(-1)
         logits = (log_weights(a) + self.dual_f / epsilon)[..., None] - self.costs / epsilon
+        logits = without_negligible(logits, -2)
         self.columns, self.image = logits.softmax(-2), -epsilon * logits.logsumexp(-2)
         self.received = (b * ((dual_g - self.image) / epsilon).exp()).detach()
 

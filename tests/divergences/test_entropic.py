@@ -326,7 +326,7 @@ def test_recorded_graphs_are_small_and_serve_other_points(loss, route, generator
     for found, expected in zip(recorded(*second), function(*second), strict=True):
         torch.testing.assert_close(found, expected)
     nodes = [node for node in recorded.graph.nodes if "tensor_meta" in node.meta]
-    assert len(nodes) < 600
+    assert len(nodes) < 1000
     if route == "fused":
         # The pairs of 4 clouds of 61 points would be 14884 numbers.
         assert max(node.meta["tensor_meta"].shape.numel() for node in nodes) <= 4 * 61 * 8
