@@ -1,0 +1,223 @@
+r"""Divergences that do not see what a change of units, or of gauge, does to clouds.
+
+.. math:: \text{Whitened: } x \to C^{-1/2} (x - m), \qquad
+    \text{ScaleFree: } x \to (x - m) / s, \qquad
+    \text{Balanced: } q \to A^{-\top} q, \; k \to A (k + c)
+
+Mean m, covariance C and root mean square s are those of both clouds together, each counted half.
+Without such a map a network lowers a distance by shrinking all queries and keys. The last map is of
+another kind: softmax attention does not see it, whatever A and c are, and here they are those for
+which queries and keys have one mean and one covariance. So a balanced divergence is one of the
+attention itself, and zero where the clouds differ in what attention cannot see. Gradients pass
+through all of these statistics.
+
+Source:
+    The balance of two covariances: Moore (1981), Principal component analysis in linear systems,
+    IEEE Trans. Autom. Control 26. Derivatives of powers: Daleckii and Krein (1965).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from bayesattn.divergences.point_clouds import (
+    Divergence,
+    PointClouds,
+    Weights,
+    full_precision,
+    weighted_clouds,
+)
+
+__all__ = ["Balanced", "ScaleFree", "Whitened"]
+
+Number = float | int
+
+
+class _Mapped(nn.Module):
+    """A divergence of clouds that a map has been applied to; its parameters are this one's."""
+
+    def __init__(self, divergence: Divergence) -> None:
+        super().__init__()
+        if not callable(divergence):
+            raise ValueError(f"divergence: expected a callable, got {divergence!r}")
+        self.divergence = divergence
+
+    def forward(
+        self,
+        query: Float[Tensor, "*#batch query dim"],
+        key: Float[Tensor, "*#batch key dim"],
+        query_mask: Bool[Tensor, "*#batch query"] | None = None,
+        key_mask: Bool[Tensor, "*#batch key"] | None = None,
+        weights: Weights | None = None,
+    ) -> Float[Tensor, "*batch"]:
+        """Divergence of two clouds; see :class:`~bayesattn.divergences.Divergence`."""
+        clouds = weighted_clouds(query, key, query_mask, key_mask, weights)
+        with full_precision(clouds.query):
+            mapped = self._map(clouds)
+        return self.divergence(*mapped, query_mask, key_mask, weights)
+
+    def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The divergence, unless it shows itself."""
+        return "" if isinstance(self.divergence, nn.Module) else repr(self.divergence)
+
+
+class ScaleFree(_Mapped):
+    """A divergence of clouds whose mean is zero and whose root mean square is one, together.
+
+    Args:
+        divergence: Of the scaled clouds.
+
+    Raises:
+        ValueError: If it is no function.
+    """
+
+    def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
+        x, y = _about_their_mean(clouds)
+        squared = _half(clouds, lambda weights, z: (weights * z.square().sum(-1)).sum(-1), x, y)
+        is_zero = squared == 0
+        scale = torch.where(is_zero, 1.0, torch.where(is_zero, 1.0, squared).rsqrt())
+        return x * scale[..., None, None], y * scale[..., None, None]
+
+
+class Whitened(_Mapped):
+    """A divergence of clouds whose mean is zero and whose covariance is the identity, together.
+
+    It is unchanged by any affine map of both clouds, if it is by rotations.
+
+    Args:
+        divergence: Of the whitened clouds.
+        ridge: Added to the covariance, as a part of its mean variance, for directions in which
+            there is none.
+
+    Raises:
+        ValueError: If it is no function, or the ridge is not positive.
+    """
+
+    def __init__(self, divergence: Divergence, *, ridge: Number = 1e-4) -> None:
+        super().__init__(divergence)
+        self.ridge = _checked_ridge(ridge)
+
+    def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
+        x, y = _about_their_mean(clouds)
+        factor = _cholesky(_half(clouds, _covariance, x, y), self.ridge)
+        return _solved(factor, x), _solved(factor, y)
+
+
+class Balanced(_Mapped):
+    """A divergence of clouds in the gauge in which they have one mean and one covariance.
+
+    It is unchanged by what leaves softmax attention unchanged, if it is by rotations.
+
+    Args:
+        divergence: Of the balanced clouds.
+        ridge: Added to each covariance, as a part of its mean variance, for directions in which
+            there is none.
+
+    Raises:
+        ValueError: If it is no function, or the ridge is not positive.
+    """
+
+    def __init__(self, divergence: Divergence, *, ridge: Number = 1e-4) -> None:
+        super().__init__(divergence)
+        self.ridge = _checked_ridge(ridge)
+
+    def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
+        sides = ((clouds.query, clouds.query_weights), (clouds.key, clouds.key_weights))
+        means = [(weights[..., None] * x).sum(-2, keepdim=True) for x, weights in sides]
+        x, y = (side[0] - mean for side, mean in zip(sides, means, strict=True))
+        of_queries, of_keys = (
+            _cholesky(_covariance(weights, z), self.ridge)
+            for z, (_, weights) in zip((x, y), sides, strict=True)
+        )
+        # With Lq and Lk of the covariances: A = (Lkᵀ Lq Lqᵀ Lk)^(1/4) Lk⁻¹.
+        crossed = of_keys.mT @ of_queries
+        product = crossed @ crossed.mT
+        keys = _solved(of_keys, y) @ _SymmetricPower.of(product, 0.25)
+        back = of_keys @ _SymmetricPower.of(product, -0.25)
+        # The mean of the queries, for divergences that see where the clouds are.
+        return clouds.query @ back, keys + means[0] @ back
+
+
+def _about_their_mean(clouds: PointClouds) -> tuple[Tensor, Tensor]:
+    """Points of both clouds about their common mean."""
+    origin = clouds.query[..., :1, :].detach()
+    x, y = clouds.query - origin, clouds.key - origin
+    mean = _half(clouds, lambda weights, z: (weights[..., None] * z).sum(-2), x, y)
+    return x - mean[..., None, :], y - mean[..., None, :]
+
+
+def _half(
+    clouds: PointClouds, statistic: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    return 0.5 * (statistic(clouds.query_weights, x) + statistic(clouds.key_weights, y))
+
+
+def _covariance(weights: Tensor, points: Tensor) -> Tensor:
+    return (weights[..., None] * points).mT @ points
+
+
+def _cholesky(covariance: Tensor, ridge: float) -> Tensor:
+    """Factor of a covariance with a ridge; of the identity where there is no variance at all."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    padded = torch.where(variance == 0, eye, covariance + ridge * variance * eye)
+    return torch.linalg.cholesky_ex(padded)[0]
+
+
+def _solved(factor: Tensor, points: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
+
+
+def _checked_ridge(ridge: Number) -> float:
+    if not ridge > 0:
+        raise ValueError(f"ridge: expected a positive number, got {ridge}")
+    return float(ridge)
+
+
+class _SymmetricPower(Function):
+    """A power of a symmetric, positive definite matrix, with a gradient at equal eigenvalues too.
+
+    In the eigenvectors' basis, its derivative is the table of difference quotients of the power.
+    """
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def of(cls, matrix: Tensor, exponent: float) -> Tensor:
+        power, _, _ = cls.apply(matrix, exponent)  # pyright: ignore[reportGeneralTypeIssues]
+        return power
+
+    @staticmethod
+    def forward(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrix)
+        values = values.clamp_min(torch.finfo(matrix.dtype).tiny)
+        powers = values**exponent
+        gaps = values[..., :, None] - values[..., None, :]
+        middle = 0.5 * (values[..., :, None] + values[..., None, :])
+        is_equal = gaps.abs() <= torch.finfo(matrix.dtype).eps ** 0.5 * middle
+        differences = powers[..., :, None] - powers[..., None, :]
+        quotients = torch.where(
+            is_equal,
+            exponent * middle ** (exponent - 1),
+            differences / torch.where(is_equal, 1.0, gaps),
+        )
+        return (vectors * powers[..., None, :]) @ vectors.mT, vectors, quotients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, *parts = output
+        ctx.save_for_backward(*parts)
+        ctx.mark_non_differentiable(*parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        vectors, quotients = ctx.saved_tensors
+        gradient = 0.5 * (gradient + gradient.mT)
+        return vectors @ (quotients * (vectors.mT @ gradient @ vectors)) @ vectors.mT, None
