@@ -143,9 +143,13 @@ class _NuclearNorm(Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # What is not finite comes back by the traces.
+        x, y = (torch.nan_to_num(part, 0.0, 0.0, 0.0) for part in (x, y))
         (basis, left), (other_basis, right) = torch.linalg.qr(x), torch.linalg.qr(y)
         u, values, vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
-        least = 16 * torch.finfo(x.dtype).eps * values[..., :1]
+        # Relative to the factors, among which the product was rounded.
+        size = (x.square().sum((-2, -1)) * y.square().sum((-2, -1))).sqrt()
+        least = 16 * torch.finfo(x.dtype).eps * size[..., None]
         # A value of zero has no gradient to speak of; the least of all is none.
         polar = (u * (values > least)[..., None, :]) @ vh
         return values.sum(-1), basis @ (polar @ right), other_basis @ (polar.mT @ left)
@@ -153,10 +157,32 @@ class _NuclearNorm(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, *slopes = output
-        ctx.save_for_backward(*slopes)
+        ctx.save_for_backward(*inputs, *slopes)
         ctx.mark_non_differentiable(*slopes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        by_x, by_y = ctx.saved_tensors
-        return gradient[..., None, None] * by_x, gradient[..., None, None] * by_y
+        x, y, by_x, by_y = ctx.saved_tensors
+        by_x, by_y = (gradient[..., None, None] * slope for slope in (by_x, by_y))
+        # The compiler follows no function inside another's backward, and needs no derivative of it.
+        if torch.compiler.is_compiling():
+            return by_x, by_y
+        return _FirstDerivative.apply(by_x, by_y, x, y)  # pyright: ignore[reportReturnType]
+
+
+class _FirstDerivative(Function):
+    """Slopes at points on which they depend, in a way that is not known here."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(by_x: Tensor, by_y: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return by_x.clone(), by_y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError("bures_wasserstein has no second derivatives")

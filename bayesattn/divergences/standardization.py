@@ -13,16 +13,14 @@ through all of these statistics.
 
 Source:
     The balance of two covariances: Moore (1981), Principal component analysis in linear systems,
-    IEEE Trans. Autom. Control 26. Derivatives of powers: Daleckii and Krein (1965).
+    IEEE Trans. Autom. Control 26.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from bayesattn.divergences.point_clouds import (
     Divergence,
@@ -89,7 +87,9 @@ class ScaleFree(_Mapped):
 class Whitened(_Mapped):
     """A divergence of clouds whose mean is zero and whose covariance is the identity, together.
 
-    It is unchanged by any affine map of both clouds, if it is by rotations.
+    It is unchanged by any affine map of both clouds, if it is by rotations. Fewer points than
+    dimensions all are equally far from each other then, but for the ridge, and little is left to
+    pull: ScaleFree is for them.
 
     Args:
         divergence: Of the whitened clouds.
@@ -113,7 +113,9 @@ class Whitened(_Mapped):
 class Balanced(_Mapped):
     """A divergence of clouds in the gauge in which they have one mean and one covariance.
 
-    It is unchanged by what leaves softmax attention unchanged, if it is by rotations.
+    It is unchanged by what leaves softmax attention unchanged, if it is by rotations. Each pair of
+    clouds has a gauge of its own, where a layer has one for all its sentences: moments of order one
+    and two are never told apart.
 
     Args:
         divergence: Of the balanced clouds.
@@ -137,10 +139,9 @@ class Balanced(_Mapped):
             for z, (_, weights) in zip((x, y), sides, strict=True)
         )
         # With Lq and Lk of the covariances: A = (Lkᵀ Lq Lqᵀ Lk)^(1/4) Lk⁻¹.
-        crossed = of_keys.mT @ of_queries
-        product = crossed @ crossed.mT
-        keys = _solved(of_keys, y) @ _SymmetricPower.of(product, 0.25)
-        back = of_keys @ _SymmetricPower.of(product, -0.25)
+        root = _root_of_symmetric_part(of_keys.mT @ of_queries)
+        keys = _solved(of_keys, y) @ root
+        back = torch.linalg.solve_ex(root, of_keys.mT)[0].mT
         # The mean of the queries, for divergences that see where the clouds are.
         return clouds.query @ back, keys + means[0] @ back
 
@@ -181,43 +182,27 @@ def _checked_ridge(ridge: Number) -> float:
     return float(ridge)
 
 
-class _SymmetricPower(Function):
-    """A power of a symmetric, positive definite matrix, with a gradient at equal eigenvalues too.
+def _root_of_symmetric_part(matrix: Tensor) -> Tensor:
+    r"""Square root of the symmetric factor H of a matrix H W, W a rotation.
 
-    In the eigenvectors' basis, its derivative is the table of difference quotients of the power.
+    It stands on singular values, whose sums alone divide: gradients are finite at equal ones too,
+    and no product of the matrix with itself squares its condition. W and the root are held fixed,
+    and two steps of Newton's method, which change no value, give them first and second derivatives.
     """
+    finite = torch.nan_to_num(matrix.detach(), 0.0, 0.0, 0.0)
+    left, values, right = torch.linalg.svd(finite)
+    values = values.clamp_min(torch.finfo(values.dtype).tiny)
 
-    generate_vmap_rule = True
+    def divided(part: Tensor, by: Tensor) -> Tensor:
+        sums = by[..., :, None] + by[..., None, :]
+        return left @ ((left.mT @ part @ left) / sums) @ left.mT
 
-    @classmethod
-    def of(cls, matrix: Tensor, exponent: float) -> Tensor:
-        power, _, _ = cls.apply(matrix, exponent)  # pyright: ignore[reportGeneralTypeIssues]
-        return power
-
-    @staticmethod
-    def forward(matrix: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(matrix)
-        values = values.clamp_min(torch.finfo(matrix.dtype).tiny)
-        powers = values**exponent
-        gaps = values[..., :, None] - values[..., None, :]
-        middle = 0.5 * (values[..., :, None] + values[..., None, :])
-        is_equal = gaps.abs() <= torch.finfo(matrix.dtype).eps ** 0.5 * middle
-        differences = powers[..., :, None] - powers[..., None, :]
-        quotients = torch.where(
-            is_equal,
-            exponent * middle ** (exponent - 1),
-            differences / torch.where(is_equal, 1.0, gaps),
-        )
-        return (vectors * powers[..., None, :]) @ vectors.mT, vectors, quotients
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, *parts = output
-        ctx.save_for_backward(*parts)
-        ctx.mark_non_differentiable(*parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        vectors, quotients = ctx.saved_tensors
-        gradient = 0.5 * (gradient + gradient.mT)
-        return vectors @ (quotients * (vectors.mT @ gradient @ vectors)) @ vectors.mT, None
+    part = matrix @ (left @ right).mT
+    for _ in range(2):
+        turn = divided(part.mT - part, values)
+        part = part + part @ (turn + 0.5 * turn @ turn)
+    roots = values.sqrt()
+    root = (left * roots[..., None, :]) @ left.mT
+    for _ in range(2):
+        root = root + divided(0.5 * (part + part.mT) - root @ root, roots)
+    return root

@@ -15,10 +15,15 @@ from bayesattn.divergences import (
 )
 from bayesattn.inference import Alignment
 from bayesattn.kernels import RBF
+from tests.compilation import in_one_graph
 from tests.heads import Classifier
 
 DIM = 4
 TINY = 1e-10
+DTYPES = (torch.float32, torch.float64)
+WRAPS = pytest.mark.parametrize(
+    "wrap", [ScaleFree, Whitened, Balanced], ids=lambda wrap: wrap.__name__
+)
 
 
 @pytest.fixture
@@ -112,7 +117,7 @@ def test_balanced_clouds_have_one_mean_and_covariance_and_the_same_attention(clo
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("wrap", [ScaleFree, Whitened, Balanced], ids=lambda wrap: wrap.__name__)
+@WRAPS
 @pytest.mark.parametrize("num_queries", [6, 2])
 def test_gradcheck_also_with_fewer_points_than_dimensions(wrap, num_queries, clouds, generator):
     query, key = clouds[0][:, :num_queries], clouds[1]
@@ -121,7 +126,7 @@ def test_gradcheck_also_with_fewer_points_than_dimensions(wrap, num_queries, clo
     assert torch.autograd.gradcheck(lambda x, y: divergence(x, y), leaves)
 
 
-@pytest.mark.parametrize("wrap", [ScaleFree, Whitened, Balanced], ids=lambda wrap: wrap.__name__)
+@WRAPS
 def test_masks_weights_batches_and_transforms(wrap, clouds, generator):
     query, key = clouds
     divergence = wrap(Energy())
@@ -142,7 +147,7 @@ def test_masks_weights_batches_and_transforms(wrap, clouds, generator):
     assert gradients.isfinite().all()
 
 
-@pytest.mark.parametrize("wrap", [ScaleFree, Whitened, Balanced], ids=lambda wrap: wrap.__name__)
+@WRAPS
 def test_points_that_all_coincide_are_left_alone(wrap):
     query = torch.ones(3, DIM, requires_grad=True)
     value = wrap(squared_mmd)(query, torch.ones(2, DIM))
@@ -170,6 +175,60 @@ def test_what_is_learned_is_not_hidden(generator):
         model(torch.randn(3, 5, 6, generator=generator))
     alignment.loss().backward()
     assert all(value.grad is not None for value in alignment.parameters())
+
+
+@WRAPS
+def test_second_derivatives(wrap, clouds):
+    """Mutant: one step of Newton's method for the rotation, or for the root."""
+    query, key = clouds[0][0, :5], clouds[1][0, :4]
+    leaves = [query.requires_grad_(), key.requires_grad_()]
+    divergence = wrap(MMD(RBF(1.0)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        assert torch.autograd.gradgradcheck(lambda x, y: divergence(x, y), leaves)
+
+
+@WRAPS
+@pytest.mark.parametrize(("num_points", "dim"), [(6, 32), (30, 64), (100, 24)])
+def test_float32_is_near_float64_at_any_rank(wrap, num_points, dim, generator):
+    """As a sentence's tokens have it. Mutant: the square of what the root is taken of."""
+    query, key = torch.randn(2, 4, num_points, dim, generator=generator)
+    narrow, wide = ([x.to(dtype).requires_grad_() for x in (query, key)] for dtype in DTYPES)
+    divergence = wrap(Energy())
+    with torch.autocast("cpu", torch.bfloat16):
+        value = divergence(*narrow)
+    exact = divergence(*wide)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=0)
+    found, expected = (
+        torch.cat(torch.autograd.grad(total.sum(), leaves), -2)
+        for total, leaves in ((value, narrow), (exact, wide))
+    )
+    # Whitened, few points are all equally far from each other, and of a gradient little is left.
+    plain = torch.cat(torch.autograd.grad(ScaleFree(Energy())(*wide).sum(), wide), -2)
+    assert (found.double() - expected).norm() < 1e-3 * (expected.norm() + plain.norm())
+
+
+@WRAPS
+def test_a_cloud_without_weight_is_nan_where_values_are_not_looked_at(wrap, clouds):
+    query, key = (x[0, :3] for x in clouds)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    values = torch.vmap(lambda m: wrap(Energy())(query, key, m))(mask)
+    assert values.isnan().tolist() == [False, True]
+
+
+@pytest.mark.compile
+@WRAPS
+def test_compiles_in_one_graph_with_its_gradient(wrap, clouds):
+    query, key = clouds
+    divergence = wrap(MMD(RBF(1.0)))
+    mask = torch.arange(9) < torch.tensor([[6], [9]])
+    leaf, other = query.clone().requires_grad_(), query.clone().requires_grad_()
+    found, expected = in_one_graph(divergence, leaf, key, mask), divergence(other, key, mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), leaf), torch.autograd.grad(expected.sum(), other)
+    )
 
 
 @pytest.mark.usefixtures("unchecked_types")
