@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bayesattn.contraction import inside_transform
 from bayesattn.divergences import Divergence
+from bayesattn.divergences.empty_clouds import divergence_or_zero
 from bayesattn.kernels.bandwidths import Number
 
 __all__ = ["AlignmentFactor"]
@@ -104,22 +105,15 @@ class AlignmentFactor:
     def _divergences(
         self, query: Tensor, key: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
     ) -> Tensor:
-        """Divergences, where sentences without tokens have points that are equal and no masks."""
         if query_mask is None and key_mask is None:
             return self.divergence(query, key)
         shapes = (query.shape[:-3] + query.shape[-2:-1], key.shape[:-3] + key.shape[-2:-1])
-        query_mask, key_mask = (
-            query.new_ones(shape, dtype=torch.bool) if mask is None else mask
+        # Masks have no axis of heads.
+        masks = (
+            (query.new_ones(shape, dtype=torch.bool) if mask is None else mask)[..., None, :]
             for mask, shape in zip((query_mask, key_mask), shapes, strict=True)
         )
-        is_empty = ~(query_mask.any(-1) & key_mask.any(-1))
-        # Values of their own before any arithmetic, so that no gradient passes.
-        query, key = (torch.where(is_empty[..., None, None, None], 1.0, x) for x in (query, key))
-        query_mask, key_mask = (
-            (mask | is_empty[..., None])[..., None, :] for mask in (query_mask, key_mask)
-        )
-        divergences = self.divergence(query, key, query_mask, key_mask)
-        return torch.where(is_empty[..., None], 0.0, divergences)
+        return divergence_or_zero(self.divergence, query, key, *masks)[0]
 
 
 def _refuse_energy_that_moves(divergence: Divergence) -> None:
@@ -161,7 +155,7 @@ def _held(value: Any) -> list[Any]:
     if isinstance(value, list | tuple | set | frozenset):
         return list(value)
     if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
+        return [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
         return [value.__self__]
     if isinstance(value, FunctionType):
