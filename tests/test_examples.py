@@ -71,3 +71,20 @@ def test_heads_take_one_path_and_are_no_posterior_of_one_head(tmp_path):
     assert networks["NUTS, one head"] < networks["SVGD"] - 1
     # A head of a network is no network.
     assert scores["NUTS, joint"][2] < networks["NUTS, joint"] - 1
+
+
+@pytest.mark.slow
+def test_alignment_lowers_the_distance_and_moves_attention(tmp_path):
+    """Mutants: the same weight for all, attention held against itself."""
+    printed = run_quickly("aligned_posterior", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["aligned_posterior.png"]
+    rows = [
+        line.split() for line in printed.splitlines() if line.startswith(("0  ", "1  ", "10  "))
+    ]
+    found = {(row[0], row[1]): list(map(float, row[2:])) for row in rows}
+    assert len(found) == 9
+    for name in ("NUTS", "SVI"):
+        distances = [found[weight, name][0] for weight in ("0", "1", "10")]
+        assert distances[2] < distances[1] < distances[0]
+        assert found["0", name][3] == 0 < found["10", name][3]
+    assert "half of what it was" in printed
