@@ -22,6 +22,8 @@ from bayesattn.normalizations.protocol import Component, Normalization
 
 __all__ = ["FusedAttention", "attend_fused", "is_fusible", "reduce_logits", "takes_fused"]
 
+Number = float | int
+
 
 def takes_fused(
     route: str,
@@ -65,7 +67,7 @@ def is_fusible(
 def reduce_logits(
     query: Float[Tensor, "*_batch query _dim"],
     key: Float[Tensor, "*_batch key _dim"],
-    scale: float | int | None,
+    scale: Number | None,
     logits: LogitsFunction | None,
 ) -> ReducedLogits | None:
     """Logits as inner products with biases, or None where they have no such form."""

@@ -17,6 +17,8 @@ from bayesattn.contraction import inner_products
 
 __all__ = ["DotProduct", "GaussianLogits", "Logits", "ReducedLogits"]
 
+Number = float | int
+
 
 class ReducedLogits(NamedTuple):
     """Logits as inner products with biases; None where there is no bias.
@@ -74,7 +76,7 @@ class DotProduct(Logits):
         scale: :math:`\alpha`; one over the square root of the width if None.
     """
 
-    def __init__(self, scale: float | int | None = None):
+    def __init__(self, scale: Number | None = None):
         super().__init__()
         self.scale = scale
 
