@@ -2,11 +2,11 @@
 
 A small self-attention program says yes or no to short sentences, as another one did that made the
 data. Its posterior is found by NUTS, SVI and SVGD without alignment, and under a Gibbs factor
-exp(-λ D) for each sentence and head, D being the squared MMD of its queries and keys. A fall of D
-alone says little, since D can fall while attention stays what it is; so the change in attention
-stands beside it, and the energy distance with the gauge taken out that attention does not see. At
-last the weight is sought at which the mean of D is half of what it was. It takes about two minutes;
-a picture goes to `out/`.
+exp(-λ D) of each sentence and head, D being the energy distance of its queries and keys. That D
+falls says little by itself: queries and keys can be brought together by a change of basis that
+attention does not see, or by making all weights small. So D without such changes, the size of the
+weights and attention itself stand beside it. At last the weight is sought at which the mean of D is
+a third of what it was. It takes about a minute; a picture goes to `out/`.
 """
 
 import argparse
@@ -18,25 +18,18 @@ import matplotlib as mpl
 import torch
 
 from bayesattn import calibration
-from bayesattn.divergences import MMD, Balanced, Energy
-from bayesattn.inference import (
-    NUTS,
-    SVGD,
-    SVI,
-    ConvergenceWarning,
-    compare,
-    weight_for_target,
-)
-from bayesattn.kernels import RBF
+from bayesattn.divergences import Balanced, Energy
+from bayesattn.inference import NUTS, SVGD, SVI, ConvergenceWarning, compare, weight_for_target
 from bayesattn.models import AlignmentFactor, Bernoulli, MultiHeadSelfAttention
-from bayesattn.models.self_attention import mean_over_tokens, self_attend
+from bayesattn.models.self_attention import mean_over_tokens, projected, self_attend
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 DIM, NUM_HEADS, HEAD_DIM, NUM_TOKENS = 3, 2, 2, 5
-WEIGHTS = (0.0, 1.0, 10.0)
+WEIGHT = 0.5
 QUIET = {"seed": 0, "progress": False}
+COLORS = {0.0: "0.55", WEIGHT: "C0"}
 
 
 def make_data(generator, num_sentences):
@@ -52,97 +45,124 @@ def make_data(generator, num_sentences):
 
 
 def program(weight):
-    """Self-attention with alignment by a kernel of fixed width; a weight may be zero."""
-    factor = AlignmentFactor(MMD(RBF(1.0)), weight)
+    """Self-attention with alignment; at weight zero it is the same without."""
+    factor = AlignmentFactor(Energy(), weight)
     return MultiHeadSelfAttention(NUM_HEADS, HEAD_DIM, Bernoulli(), alignment=factor)
 
 
-def infer(data, weight, few):
+def fit_guide(weight, data, few, init=None):
+    """A normal law of all weights together; one of each by itself could not join two weights."""
+    routine = SVI(program(weight), guide="multivariate_normal")
+    return routine.run(*data, num_steps=500 // few, init=init, **QUIET)
+
+
+def infer(weight, data, few):
     """Posteriors at one weight, by three routines."""
-    model = program(weight)
-    svi = SVI(model, guide="normal").run(*data, num_steps=1000 // few, **QUIET)
-    nuts = NUTS(model, max_tree_depth=5).run(
-        *data, warmup_steps=100 // few, num_samples=100 // few, num_chains=2, **QUIET
+    svi, model = fit_guide(weight, data, few), program(weight)
+    nuts = NUTS(model, max_tree_depth=6).run(
+        *data, warmup_steps=80 // few, num_samples=150 // few, init=svi, **QUIET
     )
-    svgd = SVGD(model, num_particles=25).run(*data, num_steps=500 // few, **QUIET)
-    return {"NUTS": nuts, "SVI": svi, "SVGD": svgd}
+    svgd = SVGD(model, num_particles=100).run(*data, num_steps=200 // few, **QUIET)
+    return {"NUTS": nuts, "SVI": svi.thin(200), "SVGD": svgd}
 
 
-def figures(posterior, data, held_out, reference):
-    """Mean figures of a posterior; the change in attention is that of its mean to a reference's."""
+def figures(posterior, data, held_out):
+    """Of each draw: D, D less its gauge, size of weights and attention; and how all predict."""
     tokens, mask, _ = data
-    seen = posterior.predict(tokens, mask, sites=["divergence", "attention"])
-    attention = seen["attention"].flatten(0, 1)
-    weights = attention.mean(0)
-    live = mask[:, None, :].expand(weights.shape[:3])
-    entropy = torch.special.entr(attention).sum(-1).mean(0)[live].mean()
-    change = (weights - reference).abs().sum(-1)[live].mean() / 2 if reference is not None else 0.0
-    yes = posterior.predict(*held_out[:2], sites=["expected_target"])["expected_target"]
-    yes = yes.mean((0, 1))
-    score = calibration.log_score(torch.stack([1 - yes, yes], -1), held_out[2].long())
-    return {
-        "D": float(seen["divergence"].mean()),
-        "balanced": float(balanced_distance(posterior, tokens, mask)),
-        "entropy": float(entropy),
-        "change": float(change),
-        "score": float(score),
-        "draws of D": seen["divergence"].mean((-2, -1)).flatten(),
-    }, weights
-
-
-def balanced_distance(posterior, tokens, mask):
-    """Energy distance of queries and keys where attention cannot tell their gauges apart."""
-    projections = [posterior.draws[f"{part}_weight"][:, ::5] for part in ("query", "key")]
-    query, key = (torch.einsum("std,crhdw->crshtw", tokens, weight) for weight in projections)
+    seen = posterior.predict(sites=["divergence", "attention"])
+    attention, live = seen["attention"][0], mask[:, None].expand(-1, NUM_HEADS, -1)
+    weights = [posterior.draws[f"{part}_weight"][0] for part in ("query", "key")]
+    query, key = (torch.stack([projected(tokens, one) for one in weight]) for weight in weights)
     masks = mask[:, None], mask[:, None]
-    return Balanced(Energy())(query, key, *masks).mean()
+    yes = posterior.predict(*held_out[:2], sites=["expected_target"])["expected_target"].mean(
+        (0, 1)
+    )
+    return {
+        "D": seen["divergence"][0].mean((-2, -1)),
+        "balanced": Balanced(Energy())(query, key, *masks).mean((-2, -1)),
+        "size": torch.cat(weights, 1).square().mean((1, 2, 3)).sqrt(),
+        "entropy": torch.special.entr(attention).sum(-1)[:, live].mean(-1),
+        # Over the heads too, whose order means nothing.
+        "attention": attention.mean(2),
+        "score": calibration.log_score(torch.stack([1 - yes, yes], -1), held_out[2].long()),
+    }
 
 
-def report(posteriors, data, held_out):
-    """Print the figures of all posteriors, and give them."""
-    found, references = {}, {}
-    print("λ      routine  mean D   balanced  entropy  attention elsewhere  held-out log score")
-    for weight, routines in posteriors.items():
-        for name, posterior in routines.items():
-            row, attention = figures(posterior, data, held_out, references.get(name))
-            references.setdefault(name, attention)
-            found[weight, name] = row
-            print(
-                f"{weight:<6g} {name:7s}  {row['D']:.4f}   {row['balanced']:.4f}    "
-                f"{row['entropy']:.3f}    {row['change']:.3f}                {row['score']:.3f}"
-            )
-    return found
+def moved(attention, other, mask):
+    """Part of the mean attention that goes to other tokens."""
+    difference = (attention.mean(0) - other.mean(0)).abs().sum(-1) / 2
+    return float(difference[mask].mean())
 
 
-def draw(found):
-    """Posteriors of D, and what each weight comes to."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+def report(found, mask):
+    """Print the figures of all posteriors, means over draws."""
+    print("   λ  routine     D   balanced D  size of weights  entropy  moved  held-out log score")
+    for (weight, name), row in found.items():
+        means = [float(row[figure].mean()) for figure in ("D", "balanced", "size", "entropy")]
+        change = moved(row["attention"], found[0.0, name]["attention"], mask)
+        print(
+            f"{weight:4g}  {name:7s} {means[0]:.3f}     {means[1]:.3f}          {means[2]:.3f}"
+            f"       {means[3]:.3f}   {change:.3f}        {float(row['score']):.3f}"
+        )
+    first, second = found[0.0, "NUTS"]["attention"].chunk(2)
+    print(
+        "moved: part of the mean attention that goes elsewhere than at λ = 0; the halves of the "
+        f"chain\nof NUTS at λ = 0 are {moved(first, second, mask):.3f} apart."
+    )
+    parts = [
+        float(found[WEIGHT, "NUTS"][figure].mean() / found[0.0, "NUTS"][figure].mean())
+        for figure in ("D", "balanced", "size")
+    ]
+    gain = float(found[WEIGHT, "NUTS"]["score"] - found[0.0, "NUTS"]["score"])
+    print(
+        f"By NUTS, D falls to {parts[0]:.0%} of what it was. A part of that is basis and size: "
+        f"less what\nattention does not see, it falls to {parts[1]:.0%}, and weights shrink to "
+        f"{parts[2]:.0%}.\nThe held-out log score changes by {gain:+.3f} nats."
+    )
+
+
+def tell_sites(reference, others, sites):
+    """Print how far posteriors of deterministic sites are from a reference's."""
+    table = compare(reference, sites=sites, num_null=20, **others).sites
+    print(table[["mean_error", "mean_error_95", "sd_ratio_low", "sd_ratio_high"]].round(2))
+
+
+def draw(found, outcome, target):
+    """Posteriors of D, its mean by weight, and D beside the entropy of attention."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
     figure.set_layout_engine("constrained")
-    for place, weight in enumerate(WEIGHTS):
-        values = found[weight, "NUTS"]["draws of D"]
-        left.hist(values.numpy(), bins=25, density=True, alpha=0.6, color=f"C{place}")
-        left.plot([], [], color=f"C{place}", linewidth=6, alpha=0.6, label=f"λ = {weight:g}")
-    left.set(xlabel="D, the mean over sentences and heads", ylabel="posterior density (NUTS)")
+    for weight, color in COLORS.items():
+        for name, style in (("NUTS", None), ("SVI", "-"), ("SVGD", ":")):
+            values = found[weight, name]["D"].numpy()
+            shape = {"histtype": "step", "linestyle": style} if style else {"alpha": 0.4}
+            label = f"{name}, λ = {weight:g}"
+            left.hist(
+                values, bins=24, range=(0, 1.8), density=True, color=color, label=label, **shape
+            )
+    left.set(xlabel="D, mean over sentences and heads", ylabel="posterior density", xlim=(0, 1.8))
     left.legend(frameon=False)
-    for place, name in enumerate(("NUTS", "SVI", "SVGD")):
-        rows = [found[weight, name] for weight in WEIGHTS]
-        x = [row["D"] / rows[0]["D"] for row in rows]
-        right.plot(x, [row["change"] for row in rows], "o-", color=f"C{place + 3}", label=name)
-    right.set(xlabel="mean D, as a part of that at λ = 0", ylabel="attention that goes elsewhere")
-    right.set_xlim(left=0)
+    left.set_title("Alignment moves the posterior of D")
+
+    trials = sorted(outcome.trials)
+    bars = [[getattr(t, part) for t in trials] for part in ("weight", "mean", "error")]
+    middle.errorbar(*bars, fmt="o-", color="C1", label="SVI: the search's runs")
+    for name, marker in (("NUTS", "s"), ("SVGD", "^")):
+        means = [float(found[weight, name]["D"].mean()) for weight in COLORS]
+        middle.plot(list(COLORS), means, marker, color="C0", label=name, markersize=8)
+    middle.axhline(target, color="k", linestyle=":", linewidth=1, label="target")
+    middle.set(xlabel="weight λ", ylabel="posterior mean of D", ylim=(0, None))
+    middle.legend(frameon=False)
+    middle.set_title("The mean falls with the weight")
+
+    for weight, color in COLORS.items():
+        row = found[weight, "NUTS"]
+        right.scatter(
+            row["D"], row["entropy"], s=14, alpha=0.7, color=color, label=f"NUTS, λ = {weight:g}"
+        )
+    right.set(xlabel="D", ylabel="entropy of attention, in nats")
     right.legend(frameon=False)
-    figure.suptitle("What a Gibbs factor does to queries and keys, and to attention")
+    right.set_title("Attention of the same draws")
     return figure
-
-
-def search(data, target, few):
-    """The weight at which the posterior mean of D is a target, by the mean-field guide."""
-
-    def run(weight, init):
-        svi = SVI(program(torch.tensor(weight)), guide="normal")
-        return svi.run(*data, num_steps=1000 // few, init=init, **QUIET)
-
-    return weight_for_target(run, target, tolerance=0.1)
 
 
 def main():
@@ -154,25 +174,34 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
     start, few = time.perf_counter(), 5 if options.quick else 1
     generator = torch.Generator().manual_seed(0)
     data, held_out = make_data(generator, 30), make_data(generator, 300)
     with warnings.catch_warnings():
-        # Chains keep to one order of the heads, which is no matter here.
+        # One chain and few particles are to show what changes, which is much.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        posteriors = {weight: infer(data, weight, few) for weight in WEIGHTS}
-        found = report(posteriors, data, held_out)
-        nuts, *others = posteriors[WEIGHTS[-1]].values()
-        print(f"\nλ = {WEIGHTS[-1]:g}: SVI and SVGD beside NUTS")
-        print(compare(nuts, svi=others[0], svgd=others[1], num_null=20))
-        target = 0.5 * found[0.0, "SVI"]["D"]
-        outcome = search(data, target, few)
-    print(f"\nFor a mean of D of {target:.4f}, half of what it was, SVI needs λ:")
+        posteriors = {weight: infer(weight, data, few) for weight in COLORS}
+        found = {
+            (weight, name): figures(posterior, data, held_out)
+            for name in ("NUTS", "SVI", "SVGD")
+            for weight, posterior in ((w, p[name]) for w, p in posteriors.items())
+        }
+        report(found, data[1])
+        plain, aligned = (posteriors[weight]["NUTS"] for weight in COLORS)
+        sites = ["divergence", "attention"]
+        print(f"\nNUTS at λ = {WEIGHT}, beside NUTS at λ = 0, in its standard deviations")
+        tell_sites(plain, {"aligned": aligned}, sites)
+        print(f"\nAt λ = {WEIGHT}: SVI and SVGD beside NUTS")
+        tell_sites(aligned, {n.lower(): posteriors[WEIGHT][n] for n in ("SVI", "SVGD")}, sites)
+        target = float(found[0.0, "SVI"]["D"].mean()) / 3
+        outcome = weight_for_target(
+            lambda weight, init: fit_guide(weight, data, few, init), target, tolerance=0.05
+        )
+    print(f"\nFor a mean of D of {target:.3f}, a third of what it was, SVI needs λ")
     for trial in outcome.trials:
-        print(f"  λ = {trial.weight:8.3f}: {trial.mean:.4f} ± {trial.error:.4f}")
+        print(f"  {trial.weight:.3f}, which gives {trial.mean:.3f} ± {trial.error:.3f}")
     path = options.out / "aligned_posterior.png"
-    draw(found).savefig(path, dpi=150)
+    draw(found, outcome, target).savefig(path, dpi=150)
     print(f"\n{path} is written ({time.perf_counter() - start:.0f} s)")
 
 
