@@ -517,22 +517,21 @@ def test_mean_falls_with_the_weight_by_the_variance(generator):
 @pytest.mark.filterwarnings("ignore::bayesattn.inference.ConvergenceWarning")
 def test_weight_lowers_the_posterior_mean_of_the_divergence(generator):
     """By NUTS, beside importance sampling of the posterior without the factor."""
-    tokens = torch.randn(40, 5, 2, generator=generator) + torch.tensor([1.5, 0.0])
+    tokens = torch.randn(11, 5, 2, generator=generator) + torch.tensor([1.5, 0.0])
     target = (tokens[..., 1].amax(1) > 1.0).to(tokens)
-    length = {"warmup_steps": 150, "num_samples": 400, "num_chains": 2}
-    found = {}
-    for weight in (0.0, 0.05, 2.0):
+    found = []
+    for weight in (0.0, 0.1):
         factor = AlignmentFactor(Energy(), weight)
-        model = MultiHeadSelfAttention(1, 2, Bernoulli(), alignment=factor)
-        posterior = NUTS(model).run(tokens, None, target, **length, **QUIET)
+        routine = NUTS(MultiHeadSelfAttention(1, 2, Bernoulli(), alignment=factor))
+        posterior = routine.run(tokens, None, target, warmup_steps=60, num_samples=200, **QUIET)
         total = posterior.predict(sites=["divergence"])["divergence"].sum((-2, -1))
-        size = effective_sample_size(total[..., None])[0]
-        found[weight] = (total.mean(), total.std() / size**0.5)
-        if weight == 0.0:
-            ratios = (-0.05 * total.flatten()).softmax(0)
-            predicted = ratios @ total.flatten()
-            spread = (ratios.square() @ (total.flatten() - predicted).square()).sqrt()
-    (none, none_error), (some, some_error), (much, _) = found.values()
-    assert (some - predicted).abs() < 4 * (some_error**2 + 2 * spread**2).sqrt()
-    assert some < none - 4 * (none_error**2 + some_error**2).sqrt()
-    assert much < 0.5 * none
+        found.append((total, effective_sample_size(total[..., None])[0]))
+    (plain, plain_size), (aligned, aligned_size) = found
+    error = (plain.var() / plain_size + aligned.var() / aligned_size).sqrt()
+    assert aligned.mean() < plain.mean() - 4 * error
+    ratios = (-0.1 * plain.flatten()).softmax(0)
+    predicted = ratios @ plain.flatten()
+    # The draws are worth as many as are independent, and these as their even weights.
+    worth = plain_size / plain.numel() / ratios.square().sum()
+    spread = (ratios @ (plain.flatten() - predicted).square() / worth).sqrt()
+    assert (aligned.mean() - predicted).abs() < 4 * (error.square() + spread.square()).sqrt()
