@@ -63,6 +63,12 @@ def test_finds_the_weight_from_any_first_one(first, target, generator):
     assert means == sorted(means, reverse=True)
 
 
+def test_line_between_logarithms_takes_fewer_runs_than_halving(generator):
+    found = weight_for_target(Exact(generator), 0.1, first_weight=0.3, tolerance=0.03)
+    assert [trial.weight for trial in found.trials[:4]] == pytest.approx([0.0, 0.3, 1.2, 4.8])
+    assert len(found.trials) == 5
+
+
 def test_runs_start_from_the_nearer_end_of_the_bracket(generator):
     """Kills: the first or the last posterior as start of every run."""
     run = Exact(generator)
