@@ -24,7 +24,7 @@ from bayesattn.contraction import (
     inside_transform,
     weighted_sums,
 )
-from bayesattn.fused_route import attend_fused, reduce_logits, takes_fused
+from bayesattn.fused_route import attend_fused, check_route, reduce_logits, takes_fused
 from bayesattn.masking import (
     Masks,
     autocast_type,
@@ -286,8 +286,7 @@ def _check_choices(
     scale: Number | None,
     logits: LogitsFunction | None,
 ) -> None:
-    if route not in ("auto", "dense", "fused"):
-        raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {route!r}")
+    check_route(route)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
     if scale is not None and logits is not None:

@@ -5,11 +5,11 @@ Tensors are "batch sequence dim". There are no second derivatives, and no forwar
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
 
+from bayesattn.first_derivatives import first_derivative
 from bayesattn.fused_operators import (
     attention_gradient_operator,
     biased_attention_operator,
@@ -79,7 +79,7 @@ class _LogSumExp(Function):
         # Read once: activation checkpointing hands each tensor out a single time.
         saved = ctx.saved_tensors
         inputs = (gradient, *saved, ctx.scale)
-        slopes = _first_derivative(logsumexp_gradient_operator, inputs)
+        slopes = first_derivative(logsumexp_gradient_operator, inputs, _NO_SECOND)
         has_bias = saved[2] is not None
         return *slopes[:2], slopes[2] if has_bias else None, None
 
@@ -102,7 +102,7 @@ class _BiasedAttention(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple:
         inputs = (gradient, *ctx.saved_tensors, None, False, ctx.scale)
-        slopes = _first_derivative(attention_gradient_operator, inputs)
+        slopes = first_derivative(attention_gradient_operator, inputs, _NO_SECOND)
         return *slopes[:4], None
 
 
@@ -131,31 +131,6 @@ class _DoublyNormalizedAttention(Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple:
         saved = ctx.saved_tensors
         inputs = (gradient, *saved, True, ctx.scale)
-        slopes = _first_derivative(attention_gradient_operator, inputs)
+        slopes = first_derivative(attention_gradient_operator, inputs, _NO_SECOND)
         has_bias = saved[6] is not None
         return *slopes[:3], slopes[4] if has_bias else None, None, None
-
-
-def _first_derivative(operator: Any, inputs: tuple) -> tuple:
-    # The compiler follows no function inside another's backward, and needs no derivative of it.
-    if torch.compiler.is_compiling():
-        return operator(*inputs)
-    return _FirstDerivative.apply(operator, *inputs)  # pyright: ignore[reportReturnType]
-
-
-class _FirstDerivative(Function):
-    """An operator that is itself a gradient, and has none."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return operator(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError(_NO_SECOND)

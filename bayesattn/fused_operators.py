@@ -17,6 +17,7 @@ __all__ = [
     "attention_gradient_operator",
     "biased_attention_operator",
     "doubly_normalized_operator",
+    "join_batch",
     "logsumexp_gradient_operator",
     "logsumexp_operator",
 ]
@@ -179,7 +180,7 @@ def _empty_results(query: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tens
     return query.new_empty(*shape, value.shape[-1]), key_bias.new_empty(shape)
 
 
-def _join_batch(operator: Any) -> None:
+def join_batch(operator: Any) -> None:
     """Let the axis that vmap maps join the batch."""
 
     def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -210,4 +211,4 @@ for _operator in (
     doubly_normalized_operator,
     attention_gradient_operator,
 ):
-    _join_batch(_operator)
+    join_batch(_operator)

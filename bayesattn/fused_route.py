@@ -20,9 +20,26 @@ from bayesattn.masking import Masks, autocast_type
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Component, Normalization
 
-__all__ = ["FusedAttention", "attend_fused", "is_fusible", "reduce_logits", "takes_fused"]
+__all__ = [
+    "FusedAttention",
+    "attend_fused",
+    "check_route",
+    "is_fusible",
+    "reduce_logits",
+    "takes_fused",
+]
 
 Number = float | int
+
+
+def check_route(route: str) -> None:
+    """Refuse what is no route.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if route not in ("auto", "dense", "fused"):
+        raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {route!r}")
 
 
 def takes_fused(

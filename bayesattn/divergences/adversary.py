@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesattn.divergences.headwise_networks import HeadwiseMLP, Highway, call_reversed
-from bayesattn.divergences.point_clouds import Weights, full_precision, weighted_clouds
+from bayesattn.divergences.point_clouds import Weights, weighted_clouds
+from bayesattn.kernels.distances import full_precision
 
 __all__ = ["Adversarial"]
 

@@ -29,9 +29,16 @@ from torch import Tensor, nn
 
 from bayesattn.contraction import inner_products
 from bayesattn.divergences.headwise_networks import HeadwiseMLP, Highway, call_reversed
-from bayesattn.divergences.point_clouds import Weights, full_precision, weighted_clouds
-from bayesattn.divergences.transport_costs import TransportCost, check_cost, cost_features
+from bayesattn.divergences.point_clouds import Weights, log_weights, weighted_clouds
+from bayesattn.divergences.transport_costs import (
+    TransportCost,
+    check_cost,
+    cost_features,
+    squared_costs,
+)
 from bayesattn.fused import attention_with_key_bias
+from bayesattn.fused_route import check_route
+from bayesattn.kernels.distances import full_precision
 
 __all__ = ["ConditionalTransport", "conditional_transport"]
 
@@ -114,8 +121,7 @@ class ConditionalTransport(nn.Module):
         check_cost(cost)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if route not in ("auto", "dense", "fused"):
-            raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {route!r}")
+        check_route(route)
         self.navigator, self.critic = navigator, critic
         self.cost: TransportCost = cost
         self.temperature, self.debiased, self.route = float(temperature), debiased, route
@@ -182,14 +188,12 @@ class ConditionalTransport(nn.Module):
         if self._is_fused(first, second):
             return 0.5 * (self._one_way(first, second) + self._one_way(second, first))
         # Both plans are made of one matrix of logits.
-        squared = [cloud.costs.square().sum(-1) for cloud in (first, second)]
-        products = inner_products(first.costs, second.costs)
-        apart = (squared[0][..., None] + squared[1][..., None, :]).sub(products, alpha=2)
+        apart = squared_costs(first.costs, second.costs)
         logits = -apart / self.temperature
         if self.navigator is not None:
             logits = inner_products(first.guides, second.guides)
-        to_second = (logits + _log(second.weights)[..., None, :]).softmax(-1)
-        to_first = (logits + _log(first.weights)[..., None]).softmax(-2)
+        to_second = (logits + log_weights(second.weights)[..., None, :]).softmax(-1)
+        to_first = (logits + log_weights(first.weights)[..., None]).softmax(-2)
         moved = first.weights[..., None] * to_second + second.weights[..., None, :] * to_first
         return 0.5 * (moved * apart).sum((-2, -1))
 
@@ -200,7 +204,7 @@ class ConditionalTransport(nn.Module):
 
     def _one_way(self, origin: "_Cloud", goal: "_Cloud") -> Tensor:
         """Mean cost of moving the points of one cloud to another, by attention."""
-        bias, scale = _log(goal.weights), 1.0
+        bias, scale = log_weights(goal.weights), 1.0
         squared = goal.costs.square().sum(-1)
         if self.navigator is None:
             # Of minus the squared distance, what the origin's points have in common is left out.
@@ -223,8 +227,3 @@ class _Cloud(NamedTuple):
     guides: Float[Tensor, "*batch point feature"]
     costs: Float[Tensor, "*batch point dim"]
     weights: Float[Tensor, "*batch point"]
-
-
-def _log(weights: Tensor) -> Tensor:
-    counts = weights > 0
-    return torch.where(counts, torch.where(counts, weights, 1.0).log(), -torch.inf)

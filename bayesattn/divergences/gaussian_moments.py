@@ -21,12 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
 
-from bayesattn.divergences.point_clouds import (
-    PointClouds,
-    Weights,
-    full_precision,
-    weighted_clouds,
-)
+from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
+from bayesattn.first_derivatives import first_derivative
+from bayesattn.kernels.distances import full_precision
 
 __all__ = ["BuresWasserstein", "MomentDistance", "bures_wasserstein", "moment_distance"]
 
@@ -162,27 +159,15 @@ class _NuclearNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        x, y, by_x, by_y = ctx.saved_tensors
-        by_x, by_y = (gradient[..., None, None] * slope for slope in (by_x, by_y))
-        # The compiler follows no function inside another's backward, and needs no derivative of it.
-        if torch.compiler.is_compiling():
-            return by_x, by_y
-        return _FirstDerivative.apply(by_x, by_y, x, y)  # pyright: ignore[reportReturnType]
+        x, y, *slopes = ctx.saved_tensors
+        inputs = (gradient[..., None, None], *slopes, x, y)
+        refusal = "bures_wasserstein has no second derivatives"
+        by_x, by_y = first_derivative(_scaled_slopes, inputs, refusal)
+        return by_x, by_y
 
 
-class _FirstDerivative(Function):
+def _scaled_slopes(
+    gradient: Tensor, by_x: Tensor, by_y: Tensor, _x: Tensor, _y: Tensor
+) -> tuple[Tensor, Tensor]:
     """Slopes at points on which they depend, in a way that is not known here."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(by_x: Tensor, by_y: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return by_x.clone(), by_y.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise RuntimeError("bures_wasserstein has no second derivatives")
+    return gradient * by_x, gradient * by_y

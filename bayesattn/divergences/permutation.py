@@ -28,9 +28,9 @@ from bayesattn.divergences.point_clouds import (
     Divergence,
     PointClouds,
     Weights,
-    full_precision,
     weighted_clouds,
 )
+from bayesattn.kernels.distances import full_precision
 
 __all__ = ["PermutationTest", "permutation_test"]
 

@@ -7,7 +7,6 @@ A point that a mask leaves out has weight zero, and so has its gradient, whateve
 place, NaN included.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from bayesattn.contraction import inside_transform
 
-__all__ = ["Divergence", "PointClouds", "Weights", "full_precision", "weighted_clouds"]
+__all__ = ["Divergence", "PointClouds", "Weights", "log_weights", "weighted_clouds"]
 
 # One vector a side, "*batch query" and "*batch key", or None for equal weights.
 Weights = tuple[Tensor | None, Tensor | None]
@@ -100,12 +99,10 @@ def weighted_clouds(
     return PointClouds(*(part for pair in zip(first, second, strict=True) for part in pair))
 
 
-def full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Context in which autocast does not narrow products of such tensors."""
-    device = tensor.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+def log_weights(weights: Float[Tensor, "*batch point"]) -> Float[Tensor, "*batch point"]:
+    """Logarithms; minus infinity, without a gradient, where a weight is zero."""
+    counts = weights > 0
+    return torch.where(counts, torch.where(counts, weights, 1.0).log(), -torch.inf)
 
 
 def _check_side(name: str, points: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:

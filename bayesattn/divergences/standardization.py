@@ -16,6 +16,7 @@ Source:
     IEEE Trans. Autom. Control 26.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -26,16 +27,16 @@ from bayesattn.divergences.point_clouds import (
     Divergence,
     PointClouds,
     Weights,
-    full_precision,
     weighted_clouds,
 )
+from bayesattn.kernels.distances import full_precision
 
 __all__ = ["Balanced", "ScaleFree", "Whitened"]
 
 Number = float | int
 
 
-class _Mapped(nn.Module):
+class _Mapped(nn.Module, ABC):
     """A divergence of clouds that a map has been applied to; its parameters are this one's."""
 
     def __init__(self, divergence: Divergence) -> None:
@@ -58,8 +59,9 @@ class _Mapped(nn.Module):
             mapped = self._map(clouds)
         return self.divergence(*mapped, query_mask, key_mask, weights)
 
+    @abstractmethod
     def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Queries and keys as the divergence sees them."""
 
     def extra_repr(self) -> str:
         """The divergence, unless it shows itself."""
@@ -84,7 +86,17 @@ class ScaleFree(_Mapped):
         return x * scale[..., None, None], y * scale[..., None, None]
 
 
-class Whitened(_Mapped):
+class _Ridged(_Mapped):
+    """A map by covariances, to which a ridge is added."""
+
+    def __init__(self, divergence: Divergence, *, ridge: Number = 1e-4) -> None:
+        super().__init__(divergence)
+        if not ridge > 0:
+            raise ValueError(f"ridge: expected a positive number, got {ridge}")
+        self.ridge = float(ridge)
+
+
+class Whitened(_Ridged):
     """A divergence of clouds whose mean is zero and whose covariance is the identity, together.
 
     It is unchanged by any affine map of both clouds, if it is by rotations. Fewer points than
@@ -100,17 +112,13 @@ class Whitened(_Mapped):
         ValueError: If it is no function, or the ridge is not positive.
     """
 
-    def __init__(self, divergence: Divergence, *, ridge: Number = 1e-4) -> None:
-        super().__init__(divergence)
-        self.ridge = _checked_ridge(ridge)
-
     def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
         x, y = _about_their_mean(clouds)
         factor = _cholesky(_half(clouds, _covariance, x, y), self.ridge)
         return _solved(factor, x), _solved(factor, y)
 
 
-class Balanced(_Mapped):
+class Balanced(_Ridged):
     """A divergence of clouds in the gauge in which they have one mean and one covariance.
 
     It is unchanged by what leaves softmax attention unchanged, if it is by rotations. Each pair of
@@ -125,10 +133,6 @@ class Balanced(_Mapped):
     Raises:
         ValueError: If it is no function, or the ridge is not positive.
     """
-
-    def __init__(self, divergence: Divergence, *, ridge: Number = 1e-4) -> None:
-        super().__init__(divergence)
-        self.ridge = _checked_ridge(ridge)
 
     def _map(self, clouds: PointClouds) -> tuple[Tensor, Tensor]:
         sides = ((clouds.query, clouds.query_weights), (clouds.key, clouds.key_weights))
@@ -174,12 +178,6 @@ def _cholesky(covariance: Tensor, ridge: float) -> Tensor:
 
 def _solved(factor: Tensor, points: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
-
-
-def _checked_ridge(ridge: Number) -> float:
-    if not ridge > 0:
-        raise ValueError(f"ridge: expected a positive number, got {ridge}")
-    return float(ridge)
 
 
 def _root_of_symmetric_part(matrix: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayesattn.divergences.point_clouds import PointClouds
 
-__all__ = ["TransportCost", "check_cost", "cost_features", "unit_vectors"]
+__all__ = ["TransportCost", "check_cost", "cost_features", "squared_costs", "unit_vectors"]
 
 TransportCost = Literal["cosine", "squared"]
 
@@ -52,6 +52,14 @@ def cost_features(
         center = clouds.query_weights[..., None, :] @ query + clouds.key_weights[..., None, :] @ key
         center = 0.5 * center
     return query - center, key - center
+
+
+def squared_costs(
+    x: Float[Tensor, "*batch query dim"], y: Float[Tensor, "*batch key dim"]
+) -> Float[Tensor, "*batch query key"]:
+    """Squared distances of all pairs; their rounding is that of the squared lengths."""
+    lengths = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
+    return lengths - 2.0 * x @ y.mT
 
 
 def unit_vectors(points: Float[Tensor, "*batch point dim"]) -> Float[Tensor, "*batch point dim"]:

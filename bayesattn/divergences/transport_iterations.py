@@ -25,14 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.divergences.transport_costs import squared_costs
 from bayesattn.fused import attention_logsumexp
-from bayesattn.fused_operators import _join_batch
+from bayesattn.fused_operators import join_batch
 
 __all__ = [
-    "log_weights",
     "self_dual_operator",
     "soft_minimum",
-    "squared_costs",
     "transport_duals_operator",
     "without_negligible",
 ]
@@ -92,20 +91,6 @@ def soft_minimum(
     bias = key_bias - y.square().sum(-1) / epsilon
     total = attention_logsumexp(x * (2.0 / column), y, bias, scale=1.0)
     return x.square().sum(-1) - epsilon * total
-
-
-def log_weights(weights: Float[Tensor, "*batch point"]) -> Float[Tensor, "*batch point"]:
-    """Logarithms; minus infinity, without a gradient, where a weight is zero."""
-    counts = weights > 0
-    return torch.where(counts, torch.where(counts, weights, 1.0).log(), -torch.inf)
-
-
-def squared_costs(
-    x: Float[Tensor, "*batch query dim"], y: Float[Tensor, "*batch key dim"]
-) -> Float[Tensor, "*batch query key"]:
-    """Squared distances; their rounding is that of the squared lengths."""
-    lengths = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return lengths - 2.0 * x @ y.mT
 
 
 def without_negligible(
@@ -184,4 +169,4 @@ def _(_x: Tensor, log_a: Tensor, _epsilon: float, _num_iterations: int, _is_dens
 
 
 for _operator in (transport_duals_operator, self_dual_operator):
-    _join_batch(_operator)
+    join_batch(_operator)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bayesattn.divergences.transport_iterations import soft_minimum
 from bayesattn.fused import attention_with_key_bias
-from bayesattn.fused_operators import _join_batch
+from bayesattn.fused_operators import join_batch
 
 __all__ = ["key_multipliers_operator"]
 
@@ -107,4 +107,4 @@ def _(
     return torch.empty_like(dual_g)
 
 
-_join_batch(key_multipliers_operator)
+join_batch(key_multipliers_operator)

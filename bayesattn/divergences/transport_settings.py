@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.divergences.point_clouds import PointClouds
+from bayesattn.divergences.point_clouds import PointClouds, log_weights
 from bayesattn.divergences.transport_costs import TransportCost, check_cost, cost_features
 from bayesattn.divergences.transport_iterations import (
-    log_weights,
     self_dual_operator,
     transport_duals_operator,
 )
@@ -30,6 +29,7 @@ from bayesattn.divergences.transport_values import (
     dual_value,
     mean_cost,
 )
+from bayesattn.fused_route import check_route
 
 __all__ = ["TransportSettings"]
 
@@ -68,8 +68,7 @@ class TransportSettings:
             raise ValueError(f"epsilon: expected a positive number, got {self.epsilon}")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations: expected at least one, got {self.num_iterations}")
-        if self.route not in ("auto", "dense", "fused"):
-            raise ValueError(f"route: expected 'auto', 'dense' or 'fused', got {self.route!r}")
+        check_route(self.route)
 
     def problem(
         self, clouds: PointClouds

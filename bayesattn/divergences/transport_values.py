@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.divergences.point_clouds import log_weights
+from bayesattn.divergences.transport_costs import squared_costs
 from bayesattn.divergences.transport_iterations import (
-    log_weights,
     soft_minimum,
-    squared_costs,
     without_negligible,
 )
 from bayesattn.fused import attention_with_key_bias
