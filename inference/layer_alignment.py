@@ -24,9 +24,7 @@ from bayesattn.inference.observed_clouds import mean_divergence
 from bayesattn.inference.observed_layers import (
     check_factor,
     chosen_layers,
-    cloud_width,
     head_factors,
-    number_of_heads,
     place_counts,
 )
 from bayesattn.inference.schedules import Number
@@ -208,7 +206,7 @@ class Alignment(nn.Module):
             torch.manual_seed(seed)
             for name, layer in layers.items():
                 for place in range(places[name]):
-                    made = make(number_of_heads(layer), cloud_width(layer))
+                    made = make(layer.num_heads, layer.query_dim)
                     if not isinstance(made, nn.Module):
                         raise ValueError(
                             "divergence: expected one of bayesattn.divergences, or what makes a "

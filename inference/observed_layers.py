@@ -11,9 +11,7 @@ from bayesattn.networks import AttentionLayer, attention_layers
 __all__ = [
     "check_factor",
     "chosen_layers",
-    "cloud_width",
     "head_factors",
-    "number_of_heads",
     "place_counts",
 ]
 
@@ -47,7 +45,7 @@ def head_factors(
     _check_names("layer_weights", factors, layers)
     result = {}
     for name, layer in layers.items():
-        given, heads = factors.get(name, 1.0), number_of_heads(layer)
+        given, heads = factors.get(name, 1.0), layer.num_heads
         row = [given] * heads if isinstance(given, float | int) else list(given)
         if len(row) != heads:
             raise ValueError(
@@ -75,20 +73,6 @@ def place_counts(
         if count < 1:
             raise ValueError(f"places: expected at least one, got {count} for '{name}'")
     return dict.fromkeys(layers, 1) | dict(by_name)
-
-
-def number_of_heads(layer: AttentionLayer) -> int:
-    """Number of heads of queries."""
-    return layer.layout["query"].weight.num_heads
-
-
-def cloud_width(layer: AttentionLayer) -> int:
-    """Width of a head's queries and keys."""
-    slices = layer.layout["query"].weight
-    if "key" in layer.layout:
-        return slices.width
-    # Where there is no other projection, the queries are parameters themselves.
-    return layer.module.get_parameter(slices.parameter).shape[1 - slices.axis]
 
 
 def check_factor(name: str, factor: Number) -> None:

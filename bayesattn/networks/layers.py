@@ -29,6 +29,20 @@ class AttentionLayer(NamedTuple):
     layout: HeadLayout
     kind: LayerKind
 
+    @property
+    def num_heads(self) -> int:
+        """Number of heads of queries."""
+        return self.layout["query"].weight.num_heads
+
+    @property
+    def query_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        weight = self.layout["query"].weight
+        if "key" in self.layout:
+            return weight.width
+        # Where there is no other projection, the queries are parameters themselves.
+        return self.module.get_parameter(weight.parameter).shape[1 - weight.axis]
+
     def partitions(
         self,
         roles: Sequence[str] = _INPUT_ROLES,

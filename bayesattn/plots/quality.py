@@ -139,19 +139,13 @@ def selective_risk(
             probabilities and labels.
     """
     given = _uncertainties(probabilities, uncertainties)
-    figure, ((axes,),) = new_figure(1, 1, (6.4, 4.6))
-    handles = []
-    for method, color in zip(probabilities, colors(len(probabilities)), strict=True):
-        curve = calibration.selective_risk(probabilities[method], labels, given.get(method))
-        coverage, risk, area = (part.detach().cpu().double().numpy() for part in curve)
-        label = f"{method} (AURC {area:.3f})"
-        handles += axes.plot(coverage, risk, color=color, linewidth=1.5, label=label)
-        axes.plot(coverage[-1:], risk[-1:], color=color, marker="o", markersize=5)
-    axes.set_xlabel("coverage: share of predictions kept", fontsize=10)
-    axes.set_ylabel("risk: error rate among them", fontsize=10)
-    _from_zero(axes)
-    legend_above(figure, handles, title)
-    return figure
+    curves = {}
+    for method, predicted in probabilities.items():
+        found = calibration.selective_risk(predicted, labels, given.get(method))
+        coverage, risk, area = (part.detach().cpu().double().numpy() for part in found)
+        curves[f"{method} (AURC {area:.3f})"] = (coverage, risk)
+    names = ("coverage: share of predictions kept", "risk: error rate among them")
+    return _curves_from_zero(curves, names, title)
 
 
 def pavpu(
@@ -182,27 +176,24 @@ def pavpu(
             probabilities and labels.
     """
     given = _uncertainties(probabilities, uncertainties)
-    figure, ((axes,),) = new_figure(1, 1, (6.4, 4.6))
-    handles = []
-    for method, color in zip(probabilities, colors(len(probabilities)), strict=True):
+    curves = {}
+    for method, predicted in probabilities.items():
         uncertainty = given.get(method)
         if uncertainty is None:
-            uncertainty = calibration.predictive_entropy(probabilities[method])
+            uncertainty = calibration.predictive_entropy(predicted)
         uncertainty = uncertainty.detach().cpu().double()
-        parts = probabilities[method].detach().cpu(), labels.cpu(), uncertainty
+        parts = predicted.detach().cpu(), labels.cpu(), uncertainty
         ordered = uncertainty.flatten().sort().values
         places = np.linspace(0, len(ordered) - 1, _NUM_THRESHOLDS).round().astype(int)
         thresholds = ordered[places].tolist()
         shares = [(ordered <= threshold).double().mean().item() for threshold in thresholds]
         values = [calibration.pavpu(*parts, threshold=threshold).item() for threshold in thresholds]
-        label = f"{method} (at best {max(values):.3f})"
-        handles += axes.plot(shares, values, color=color, linewidth=1.5, label=label)
-        axes.plot(shares[-1:], values[-1:], color=color, marker="o", markersize=5)
-    axes.set_xlabel("share of predictions that count as certain", fontsize=10)
-    axes.set_ylabel("right and certain, or wrong and uncertain", fontsize=10)
-    _from_zero(axes)
-    legend_above(figure, handles, title)
-    return figure
+        curves[f"{method} (at best {max(values):.3f})"] = (np.array(shares), np.array(values))
+    names = (
+        "share of predictions that count as certain",
+        "right and certain, or wrong and uncertain",
+    )
+    return _curves_from_zero(curves, names, title)
 
 
 def _uncertainties(
@@ -216,11 +207,23 @@ def _uncertainties(
     return given
 
 
-def _from_zero(axes: Axes) -> None:
+def _curves_from_zero(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], names: tuple[str, str], title: str | None
+) -> Figure:
+    """Draw curves by their labels in the legend, with a dot where each ends."""
+    figure, ((axes,),) = new_figure(1, 1, (6.4, 4.6))
+    handles = []
+    for (label, (x, y)), color in zip(curves.items(), colors(len(curves)), strict=True):
+        handles += axes.plot(x, y, color=color, linewidth=1.5, label=label)
+        axes.plot(x[-1:], y[-1:], color=color, marker="o", markersize=5)
+    axes.set_xlabel(names[0], fontsize=10)
+    axes.set_ylabel(names[1], fontsize=10)
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.tick_params(labelsize=9)
     bare(axes)
+    legend_above(figure, handles, title)
+    return figure
 
 
 def _values_with_errors(axes: Axes, pairs: Sequence[tuple[float, float]]) -> None:
