@@ -54,6 +54,14 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 
 @pytest.fixture
+def seeded_layers(untouched_global_state: None) -> Iterator[None]:
+    """Seed what modules draw at construction, and put the state back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
 def unchecked_types() -> Iterator[None]:
     """Run as users do, without the test run's checks of annotations, which would refuse first."""
     before = jaxtyping.config.jaxtyping_disable

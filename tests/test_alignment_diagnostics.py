@@ -11,15 +11,10 @@ from bayesattn.divergences import MMD, Energy, permutation_test
 from bayesattn.networks import AttentionCall, attention_calls
 from tests.heads import Classifier
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 EMBED, HEADS, TOKENS, SENTENCES = 12, 3, 7, 5
 WIDTH = EMBED // HEADS
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

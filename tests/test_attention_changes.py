@@ -12,15 +12,10 @@ from bayesattn.logits import GaussianLogits
 from bayesattn.networks import AttentionCall, attention_calls
 from bayesattn.normalizations import HybridNormalized
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 EMBED, HEADS, TOKENS, SENTENCES = 12, 3, 7, 5
 WIDTH = EMBED // HEADS
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def call_of(generator, settings, *, is_self_attention=False, num_heads=HEADS, num_keys=TOKENS):

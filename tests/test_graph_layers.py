@@ -15,6 +15,8 @@ from bayesattn.logits import DotProduct, GaussianLogits, Logits
 from bayesattn.pairwise_logits import AdditiveLogits
 from tests.compilation import in_one_graph
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 NODES, WIDTH, HEADS, DIM = 11, 5, 3, 4
 LOGITS = {
     "dot": lambda: None,
@@ -23,13 +25,6 @@ LOGITS = {
     "additive": lambda: AdditiveLogits(HEADS, DIM),
 }
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def drawn(kind="dot", **settings):

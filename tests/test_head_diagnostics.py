@@ -15,6 +15,8 @@ from bayesattn.head_similarity import (
 from bayesattn.networks import head_partitions
 from tests.heads import Classifier
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 EMBED, HEADS, TOKENS = 12, 3, 5
 
 
@@ -92,13 +94,6 @@ def test_one_head_is_no_collapse(generator):
     with ba.head_statistics(layer) as statistics:
         layer(tokens, tokens, tokens)
     assert ba.warn_of_collapse(statistics, fewest=1.0) == {}
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def test_weights_and_circuits_of_every_layer(model, generator):

@@ -18,14 +18,9 @@ from bayesattn.kernels import IMQ, RBF
 from bayesattn.networks import attention_calls
 from tests.heads import Classifier
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 HEADS, TOKENS, EMBED = 3, 5, 6
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def test_orthogonality_is_lin_s():

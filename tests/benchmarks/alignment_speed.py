@@ -27,7 +27,7 @@ from bayesattn.divergences import (
 from bayesattn.inference import Alignment
 from tests.benchmarks.peak_memory import peak_bytes
 from tests.benchmarks.repulsion_speed import HEADS, LAYERS, WIDTH, network
-from tests.benchmarks.timing import Advance, Clock, alternating, table
+from tests.benchmarks.timing import Advance, Clock, alternating, repeated, table
 
 __all__ = ["measure_lengths", "measure_steps"]
 
@@ -85,7 +85,7 @@ def measure_lengths(
 ) -> tuple[Times, dict[str, float]]:
     """Median milliseconds and spread of each, and the megabytes that each needs at its peak."""
     found = comparisons(length)
-    turns = {name: _several(once) for name, once in found.items()}
+    turns = {name: repeated(once) for name, once in found.items()}
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
     memory = {name: peak_bytes(once) / 2**20 for name, once in found.items()}
     return {name: (spent.median, spent.spread) for name, spent in times.items()}, memory
@@ -104,7 +104,7 @@ def training_steps(
         alignment = None if divergence is None else Alignment(model, divergence)
         learned = [] if alignment is None else alignment.parameter_groups(lr=1e-3)
         optimizer = torch.optim.AdamW([{"params": model.parameters()}, *learned], lr=1e-4)
-        turns[name] = _several(_step(model, alignment, optimizer, rows, padding))
+        turns[name] = repeated(_step(model, alignment, optimizer, rows, padding))
     return turns
 
 
@@ -143,14 +143,6 @@ def _step(
         optimizer.step()
 
     return once
-
-
-def _several(once: Callable[[], object]) -> Advance:
-    def advance(count: int) -> None:
-        for _ in range(count):
-            once()
-
-    return advance
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ products that run less well than those inside PyTorch's kernel.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from bayesattn.normalizations import (
     Sinkhorn,
 )
 from tests.benchmarks.peak_memory import peak_bytes
-from tests.benchmarks.timing import Clock, alternating, table
+from tests.benchmarks.timing import Clock, alternating, repeated, table
 
 __all__ = ["CONTESTANTS", "PRODUCTS", "measure"]
 
@@ -80,19 +81,12 @@ def measure(
     def once(attend: Attend) -> None:
         torch.autograd.grad(attend(*inputs), inputs, gradient)
 
-    def several(attend: Attend) -> Callable[[int], None]:
-        def advance(count: int) -> None:
-            for _ in range(count):
-                once(attend)
-
-        return advance
-
     chosen = {n: a for n, a in CONTESTANTS.items() if match in n or n == "SDPA"}
     if length > LONGEST_DENSE:
         chosen = {name: attend for name, attend in chosen.items() if "dense" not in name}
-    turns = {name: several(attend) for name, attend in chosen.items()}
+    turns = {name: repeated(partial(once, attend)) for name, attend in chosen.items()}
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
-    memory = {n: peak_bytes(lambda a=a: once(a)) / 2**20 for n, a in chosen.items()}
+    memory = {n: peak_bytes(partial(once, a)) / 2**20 for n, a in chosen.items()}
     return {name: (found.median, found.spread) for name, found in times.items()}, memory
 
 

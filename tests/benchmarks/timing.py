@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["Advance", "Clock", "Times", "alternating", "seconds_of", "table"]
+__all__ = ["Advance", "Clock", "Times", "alternating", "repeated", "seconds_of", "table"]
 
 Advance = Callable[[int], None]
 Clock = Callable[[], float]
@@ -58,6 +58,16 @@ def alternating(
             spent = seconds_of(advance, counts[name], clock=clock)
             found[name].append(1e3 * spent / counts[name])
     return {name: Times(tuple(times)) for name, times in found.items()}
+
+
+def repeated(once: Callable[[], object]) -> Advance:
+    """Steps that are calls of a function."""
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            once()
+
+    return advance
 
 
 def seconds_of(function: Callable, *args: object, clock: Clock = time.perf_counter) -> float:

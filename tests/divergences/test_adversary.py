@@ -9,14 +9,9 @@ from torch import nn
 from bayesattn.divergences import Adversarial, Divergence
 from tests.compilation import in_one_graph
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 HEADS, DIM = 3, 5
-
-
-@pytest.fixture(autouse=True)
-def seeded_modules(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def trained(adversary, query, key, num_steps=400):

@@ -9,6 +9,8 @@ from bayesattn.divergences.transport_costs import unit_vectors
 from tests import reference
 from tests.compilation import in_one_graph
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 HEADS, DIM = 3, 5
 
 
@@ -21,13 +23,6 @@ def cosine(x, y):
 
 
 COSTS = {"squared": squared, "cosine": cosine}
-
-
-@pytest.fixture(autouse=True)
-def seeded_modules(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 def clouds(generator, num_queries=7, num_keys=11):

@@ -23,6 +23,8 @@ from examples.reproduce.training import Budget, cross_entropy, train
 from tests.examples.test_training import labeled
 from tests.heads import Classifier
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 WIDTH, HEADS = 6, 2
 
 
@@ -36,13 +38,6 @@ class Words(nn.Module):
 
     def forward(self, tokens, mask):
         return self.network(self.words(tokens))
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.mark.slow

@@ -22,6 +22,8 @@ from bayesattn.networks import attention_calls
 from tests.compilation import undone_compilation
 from tests.heads import Classifier
 
+pytestmark = pytest.mark.usefixtures("seeded_layers")
+
 EMBED, HEADS, TOKENS, BATCH = 12, 3, 7, 5
 DIVERGENCES = {
     "MMD": MMD(RBF(1.0)),
@@ -30,13 +32,6 @@ DIVERGENCES = {
     "learned transport": ConditionalTransport.learned,
     "adversarial": Adversarial,
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.fixture

@@ -9,15 +9,9 @@ from bayesattn.kernels import RBF
 from bayesattn.networks import attention_calls
 from tests.networks.test_huggingface import BATCH, LAYERS, MODELS, build, inputs
 
-pytestmark = pytest.mark.slow  # Importing transformers takes some seconds.
+# Importing transformers takes some seconds.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded_layers")]
 LENGTHS = (7, 4)
-
-
-@pytest.fixture(autouse=True)
-def seeded_layers(untouched_global_state):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
