@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bayesattn import calibration
 from examples.reproduce.graph_tasks import CitationGraph
 from examples.reproduce.protocol import Build
-from examples.reproduce.training import Attach
+from examples.reproduce.training import Attach, decay_groups
 
 __all__ = [
     "GraphLoss",
@@ -132,11 +132,7 @@ def _epochs(
     attach: Attach | None,
 ) -> Iterator[int]:
     """Train, and give the number of each epoch after it."""
-    groups = [
-        {"params": [value for value in model.parameters() if value.ndim > 1]}
-        | {"weight_decay": budget.weight_decay},
-        {"params": [value for value in model.parameters() if value.ndim <= 1]},
-    ]
+    groups = decay_groups(model, budget.weight_decay)
     optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True)
     torch.manual_seed(seed)
     before_step = None if attach is None else attach(model, optimizer, budget.num_epochs)

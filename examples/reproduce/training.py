@@ -26,6 +26,7 @@ __all__ = [
     "Trained",
     "classification_metrics",
     "cross_entropy",
+    "decay_groups",
     "predict",
     "shuffled_batches",
     "train",
@@ -156,6 +157,16 @@ def classification_metrics(
     }
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices; leave biases, scales and a normalization's own parameters alone."""
+    matrices = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
 def _epochs(
     model: nn.Module,
     training: Sentences,
@@ -167,7 +178,9 @@ def _epochs(
 ) -> Iterator[int]:
     """Train, and give the number of each epoch after it."""
     steps = budget.num_epochs * -(-len(training.label) // budget.batch_size)
-    optimizer = torch.optim.AdamW(_groups(model, budget.weight_decay), lr=learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, budget.weight_decay), lr=learning_rate, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(steps, budget.warmup))
     before_step = None if attach is None else attach(model, optimizer, steps)
     order = torch.Generator().manual_seed(seed)
@@ -198,16 +211,6 @@ def shuffled_batches(
     batches = torch.cat(pools).split(batch_size)
     shuffled = torch.randperm(len(batches), generator=generator)
     return [batches[place] for place in shuffled.tolist()]
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices; leave biases, scales and a normalization's own parameters alone."""
-    matrices = [value for value in model.parameters() if value.ndim > 1]
-    others = [value for value in model.parameters() if value.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
 
 
 def _shape(steps: int, warmup: float) -> Callable[[int], float]:
