@@ -165,7 +165,7 @@ class Evaluator:
             key = self._key(kind, inputs, parameters)
 
         def make() -> RecordedGraph:
-            graph = self._record(function, inputs)
+            graph = self._record(function, inputs, len(leading))
             return graph.compile(inputs) if self._is_compiled(kind) else graph
 
         return graphs.get(key, make)
@@ -210,11 +210,14 @@ class Evaluator:
         )
 
     def _record(
-        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        num_batched: int,
     ) -> RecordedGraph:
         self._last_run = None
         try:
-            return record(function, tuple(tensor.detach() for tensor in inputs))
+            return record(function, tuple(tensor.detach() for tensor in inputs), num_batched)
         except RecordingError as error:
             last = self._last_run.last_site if self._last_run else None
             place = "before its first site" if last is None else f"at or after site {last!r}"

@@ -37,7 +37,9 @@ class DensitySettings:
         compile: ``"record"`` replays a recorded graph; ``"inductor"`` compiles it to machine code,
             which takes some seconds; ``"none"`` runs Pyro's handlers at every call, which is slow
             and allows control flow on latent values; ``"auto"`` records, and routines compile where
-            a run is long enough to pay for it: see :func:`bayesattn.inference.resolved_mode`.
+            a run is long enough to pay for it: see :func:`bayesattn.inference.resolved_mode`. In a
+            graph, particles for which a matrix cannot be factorized have NaN for a value; by
+            ``"none"`` they are an error.
         chunk_size: Most particles evaluated at once, to bound memory; all by default.
         stochastic: Allow random operations other than sample sites; each call draws them anew,
             shared by all particles.

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayesattn.inference.compilation import compiled, silent
+from bayesattn.inference.failed_factorizations import spare_other_rows
 from bayesattn.inference.simplification import simplify
 
 __all__ = ["GraphCache", "RecordedGraph", "RecordingError", "record", "tensor_layout"]
@@ -107,12 +108,16 @@ class GraphCache:
         return graph
 
 
-def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> RecordedGraph:
+def record(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], num_batched: int = 0
+) -> RecordedGraph:
     """Record a function of tensors as a graph of tensor operations.
 
     Args:
         function: Takes the inputs, returns a tensor or a tuple or list of tensors.
         inputs: Example inputs; only shapes, strides, dtypes and devices matter.
+        num_batched: How many of the first inputs have one entry for each particle along their first
+            axis. What cannot be factorized for some particles is NaN for them, and raises no error.
 
     Raises:
         RecordingError: If the function reads a tensor's value in Python, writes into a tensor that
@@ -125,6 +130,7 @@ def record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Recorded
     except Exception as error:
         raise RecordingError(_reason(error)) from error
     _pin_defaults(module)
+    spare_other_rows(module.graph, num_batched)
     simplify(module)
     return RecordedGraph(_without_tracers(module), pinned)
 

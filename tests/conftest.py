@@ -8,6 +8,8 @@ import random
 import zlib
 from collections.abc import Iterator
 
+# Here, before there are several processes: it notes the day in a file that two would fight over.
+import arviz  # noqa: F401
 import hypothesis
 import jaxtyping
 import matplotlib as mpl
