@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.layer_masks import is_causal_mask
 from bayesattn.multihead import MultiheadAttention, Number
+from bayesattn.shared_projections import Collaborative
 
 __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
 
@@ -42,6 +43,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         normalization: As for :class:`MultiheadAttention`: a module is copied, so that no two layers
             share its parameters.
         logits: Likewise.
+        projections: As for :class:`MultiheadAttention`.
 
     Raises:
         ValueError: If the sizes do not fit, or a choice cannot be called.
@@ -65,6 +67,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         *,
         normalization: NormalizationFunction | None = None,
         logits: LogitsFunction | None = None,
+        projections: Collaborative | None = None,
     ) -> None:
         if d_model <= 0 or nhead <= 0 or d_model % nhead:
             raise ValueError(
@@ -83,10 +86,22 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             device,
             dtype,
         )
-        # Around PyTorch's own parameters, so that a seed gives the same ones.
-        self.self_attn = MultiheadAttention.from_torch(
-            self.self_attn, normalization=normalization, logits=logits
-        )
+        choices: dict[str, Any] = {"normalization": normalization, "logits": logits}
+        if projections is None:
+            # Around PyTorch's own parameters, so that a seed gives the same ones.
+            self.self_attn = MultiheadAttention.from_torch(self.self_attn, **choices)
+        else:
+            self.self_attn = MultiheadAttention(
+                d_model,
+                nhead,
+                dropout,
+                bias=bias,
+                batch_first=batch_first,
+                device=device,
+                dtype=dtype,
+                projections=projections,
+                **choices,
+            )
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bayesattn.shape_messages import shapes_of
 
-__all__ = ["append_positions", "merge_heads", "project", "sequence_sizes", "split_heads"]
+__all__ = ["append_positions", "batched", "merge_heads", "project", "sequence_sizes", "split_heads"]
 
 
 def project(
@@ -49,6 +49,15 @@ def split_heads(
     if heads.ndim == 3:
         return heads.transpose(0, 1)[None]
     return heads.transpose(1, 2) if batch_first else heads.permute(1, 2, 0, 3)
+
+
+def batched(
+    tokens: Shaped[Tensor, "*_axes _feature"], *, batch_first: bool
+) -> Shaped[Tensor, "_batch _sequence _feature"]:
+    """Set the batch axis first; a sequence without one becomes a batch of one."""
+    if tokens.ndim == 2:
+        return tokens[None]
+    return tokens if batch_first else tokens.transpose(0, 1)
 
 
 def merge_heads(

@@ -29,6 +29,7 @@ class LayerShape(NamedTuple):
         queries: Number of queries.
         keys: Number of keys, without those appended.
         appended: Number of keys that the layer appends.
+        earlier: How many of the keys are of tokens before the first query.
     """
 
     batch: int | None
@@ -36,6 +37,7 @@ class LayerShape(NamedTuple):
     queries: int
     keys: int
     appended: int = 0
+    earlier: int = 0
 
 
 class AttentionMasks(NamedTuple):
@@ -63,7 +65,8 @@ def attention_masks(
         attn_mask: "query key", or "batch·head query key" with a sequence's heads in a run.
         key_padding_mask: "batch key"; without the batch axis where the inputs have none.
         query_padding_mask: "batch query", likewise.
-        is_causal: On top of the masks, query i sees keys 0 to i only, and those appended.
+        is_causal: On top of the masks, query i sees the earlier keys, keys 0 to i of the rest, and
+            those appended.
         device: Where a causal mask is made.
 
     Raises:
@@ -78,9 +81,11 @@ def attention_masks(
         # A bias of a query moves all its logits alike: what is left of it is the padding.
         told = with_infinities(query_padding_mask)
         query_mask, _ = _read_padding("query_padding_mask", told, shape, shape.queries)
-    if is_causal and shape.appended:
-        earlier = torch.ones(shape.queries, shape.keys, dtype=torch.bool, device=device).tril()
-        pairs, is_causal = _both(earlier, pairs), False
+    if is_causal and (shape.appended or shape.earlier):
+        if shape.queries > 1 or shape.keys > shape.earlier + 1:
+            seen = torch.ones(shape.queries, shape.keys, dtype=torch.bool, device=device)
+            pairs = _both(seen.tril(shape.earlier), pairs)
+        is_causal = False
     pairs, key_mask = (_append(mask, shape.appended) for mask in (pairs, key_mask))
     pairs = pairs if pairs is None or pairs.ndim == 4 else pairs[None, None]
     return AttentionMasks(pairs, query_mask, key_mask, is_causal)

@@ -1,4 +1,4 @@
-r"""Multi-head attention as a layer: ``torch.nn.MultiheadAttention`` with a choice of weights.
+r"""Multi-head attention as a layer: ``torch.nn.MultiheadAttention`` with choices.
 
 .. math:: \mathrm{MultiHead}(Q, K, V) = [o_1 | \dots | o_H] W^O, \qquad
     o_h = \mathrm{attention}(Q W_h^Q, K W_h^K, V W_h^V)
@@ -7,6 +7,7 @@ Source:
     Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762, section 3.2.2.
 """
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -23,15 +24,19 @@ from bayesattn.attention_choices import (
     own_choice,
 )
 from bayesattn.contraction import weighted_sums
+from bayesattn.decoding_cache import KeyValueCache
 from bayesattn.functional import attention, attention_weights
 from bayesattn.head_layout import (
     append_positions,
+    batched,
     merge_heads,
     project,
     sequence_sizes,
     split_heads,
 )
 from bayesattn.layer_masks import LayerShape, attention_masks
+from bayesattn.logits import DotProduct
+from bayesattn.shared_projections import Collaborative, SharedProjections
 
 __all__ = ["AttentionInputs", "MultiheadAttention"]
 
@@ -72,6 +77,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     tells earlier queries of later ones: not only under causal masks, which are refused, but also in
     a decoder's attention to an encoder, which no mask gives away.
 
+    Heads may share their projections of queries and keys; see
+    :class:`bayesattn.shared_projections.SharedProjections`, which then holds the parameters. Under
+    logits other than the dot product such heads have no content vectors, so no bias of queries.
+
     Args:
         embed_dim: Width of queries and outputs.
         num_heads: Number of heads; ``embed_dim`` is split among them.
@@ -89,13 +98,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             made from one share no parameter.
         logits: From projected queries and keys to logits; the scaled dot product if None. A module
             is copied likewise.
+        projections: ``Collaborative(width)``, or None for heads with projections of their own.
 
     Raises:
-        ValueError: If the sizes do not fit, or a choice cannot be called.
+        ValueError: If the sizes do not fit, or a choice cannot be called, or ``add_bias_kv`` is
+            asked for where heads share their keys.
     """
 
     normalization: NormalizationFunction | None
     logits: LogitsFunction | None
+    projections: SharedProjections | None
+    v_proj_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -113,6 +126,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         *,
         normalization: NormalizationFunction | None = None,
         logits: LogitsFunction | None = None,
+        projections: Collaborative | None = None,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
@@ -121,6 +135,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
+        if projections is not None and add_bias_kv:
+            raise ValueError(
+                "add_bias_kv: expected False with projections=, since a learned key is one head's"
+            )
         super().__init__(
             embed_dim,
             num_heads,
@@ -137,6 +155,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = (num_heads, embed_dim // num_heads)
         self.normalization = own_choice("normalization", normalization, device, dtype, *sizes)
         self.logits = own_choice("logits", logits, device, dtype, *sizes)
+        self.projections = None
+        self.register_parameter("v_proj_bias", None)
+        if projections is not None:
+            self._share(projections.width, has_bias=bias, device=device, dtype=dtype)
         # PyTorch's encoder reads this for leave to compute softmax attention by itself, without
         # calling its self_attn; which weights there are, we ask of the weights.
         self._qkv_same_embed_dim = False
@@ -171,18 +193,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         if any(parametrize.is_parametrized(part) for part in module.modules()):
             raise ValueError("from_torch: expected plain parameters, got parametrized ones")
         weight = module.out_proj.weight
+        shared = getattr(module, "projections", None)
+        if shared is not None and shared.key_content is not None and logits is not None:
+            raise ValueError(
+                "logits: expected None for heads that share projections with content vectors, "
+                f"which are those of the dot product, got {logits!r}"
+            )
         layer = cls(
             module.embed_dim,
             module.num_heads,
             module.dropout,
-            bias=module.in_proj_bias is not None,
+            bias=module.in_proj_bias is not None
+            or getattr(module, "v_proj_bias", None) is not None,
             add_bias_kv=module.bias_k is not None,
             add_zero_attn=module.add_zero_attn,
             kdim=module.kdim,
             vdim=module.vdim,
             batch_first=module.batch_first,
             device="meta",
+            projections=None if shared is None else Collaborative(shared.width),
         )
+        layer.projections = shared
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(layer, name, parameter)
         layer.out_proj = module.out_proj
@@ -203,6 +234,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         query_padding_mask: Shaped[Tensor, "..."] | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, as ``torch.nn.MultiheadAttention`` does.
 
@@ -217,6 +249,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: Return the mean of the heads' weights.
             is_causal: Query i sees keys 0 to i only.
             query_padding_mask: "batch query"; padding takes no part and gets the output's bias.
+            cache: Keys and values of earlier tokens, to which those of this call are added; masks
+                then are about all keys, and under ``is_causal`` the queries are the last tokens.
 
         Returns:
             Outputs, shaped as the queries; and "batch query key" or "batch head query key" weights,
@@ -233,6 +267,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask=attn_mask,
             is_causal=is_causal,
             query_padding_mask=query_padding_mask,
+            cache=cache,
         )
         dropout_p = self.dropout if self.training else 0.0
         if not need_weights:
@@ -257,6 +292,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
         *,
         query_padding_mask: Shaped[Tensor, "..."] | None = None,
+        cache: KeyValueCache | None = None,
     ) -> AttentionInputs:
         """What a call with these arguments hands to :func:`bayesattn.attention`.
 
@@ -267,14 +303,24 @@ class MultiheadAttention(nn.MultiheadAttention):
                 with_kwargs=True,
             )
 
+        A cache grows by each call of this too.
+
         Raises:
             ValueError: If the shapes or masks do not fit.
         """
         widths = (self.embed_dim, self.kdim, self.vdim)
         sizes = sequence_sizes(query, key, value, widths, batch_first=self.batch_first)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
-        shape = LayerShape(sizes[0], self.num_heads, sizes[1], sizes[2], appended)
         mixes = mixes_queries(self.normalization)
+        earlier = 0 if cache is None else cache.length
+        if cache is not None and (mixes or appended):
+            raise ValueError(
+                "cache: expected a normalization over keys alone, and no keys appended by "
+                "add_bias_kv or add_zero_attn"
+            )
+        shape = LayerShape(
+            sizes[0], self.num_heads, sizes[1], earlier + sizes[2], appended, earlier
+        )
         if is_causal and mixes and appended:
             raise ValueError(
                 "is_causal: expected no keys appended by add_bias_kv or add_zero_attn where the "
@@ -299,8 +345,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             device=query.device,
         )
-        settings = {"logits": self.logits, "normalization": self.normalization}
-        return AttentionInputs(*self._heads(query, key, value), masks._asdict() | settings)
+        settings = masks._asdict() | {"logits": self.logits, "normalization": self.normalization}
+        if self.projections is not None and self.logits is None:
+            settings["scale"] = 1.0
+        return AttentionInputs(*self._heads(query, key, value, cache), settings)
 
     def extra_repr(self) -> str:
         """Sizes, and the choices that are functions; modules show themselves."""
@@ -311,6 +359,34 @@ class MultiheadAttention(nn.MultiheadAttention):
             if choice is not None and not isinstance(choice, nn.Module):
                 parts.append(f"{name}={getattr(choice, '__name__', choice)}")
         return ", ".join(parts)
+
+    def _share(self, width: int, *, has_bias: bool, **place: Any) -> None:
+        """Put shared projections of queries and keys in the place of the heads' own."""
+        is_packed = self.in_proj_weight is not None
+        scale = self.head_dim**-0.5
+        if type(self.logits) is DotProduct:
+            # The shared projections know the scale, and content needs it too.
+            scale, self.logits = self.logits.scale or scale, None
+        has_content = has_bias and self.logits is None
+        self.projections = SharedProjections(
+            self.num_heads,
+            width,
+            self.head_dim,
+            self.embed_dim,
+            self.kdim,
+            key_content=has_content,
+            query_content=has_content and mixes_queries(self.normalization),
+            num_packed=3 if is_packed else 1,
+            **place,
+        )
+        nn.init.constant_(self.projections.scale, scale)
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "in_proj_bias"):
+            self.register_parameter(name, None)
+        bound = math.sqrt(6.0 / ((3 if is_packed else 1) * self.embed_dim + self.vdim))
+        weight = torch.empty(self.embed_dim, self.vdim, **place)
+        self.v_proj_weight = nn.Parameter(nn.init.uniform_(weight, -bound, bound))
+        if has_bias:
+            self.v_proj_bias = nn.Parameter(torch.zeros(self.embed_dim, **place))
 
     def _reset_parameters(self) -> None:
         weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -324,12 +400,25 @@ class MultiheadAttention(nn.MultiheadAttention):
             if bias is not None:
                 nn.init.xavier_normal_(bias)
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights = separate if self.in_proj_weight is None else self.in_proj_weight
-        projected = project(query, key, value, weights, self.in_proj_bias)
+    def _heads(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         settings = {"num_heads": self.num_heads, "batch_first": self.batch_first}
-        query, key, value = (split_heads(part, **settings) for part in projected)
+        if self.projections is None:
+            separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weights = separate if self.in_proj_weight is None else self.in_proj_weight
+            projected = project(query, key, value, weights, self.in_proj_bias)
+            query, key, value = (split_heads(part, **settings) for part in projected)
+        else:
+            shared = self.projections
+            value = split_heads(F.linear(value, self.v_proj_weight, self.v_proj_bias), **settings)
+            sequences = {"batch_first": self.batch_first}
+            query = shared.queries(batched(query, **sequences), is_scaled=self.logits is None)
+            key = shared.keys(batched(key, **sequences))[:, None]
+        if cache is not None:
+            key, value = cache.append(key, value)
+        if self.projections is not None:
+            key = key.expand(-1, self.num_heads, -1, -1)
         key, value = append_positions(
             key, value, self.bias_k, self.bias_v, add_zero_attn=self.add_zero_attn
         )
