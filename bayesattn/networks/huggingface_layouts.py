@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from bayesattn.networks.head_slices import HeadLayout, HeadSlice, ProjectionSlices
+from bayesattn.networks.shared_config import SHARED
+from bayesattn.networks.torch_layouts import shared_layout
 
-__all__ = ["HUGGING_FACE"]
+__all__ = ["HUGGING_FACE", "LINEAR_NAMES", "LayerNames", "present_names"]
 
 
-class _Names(NamedTuple):
-    """Names of a layer's linear maps, and of the module that knows the heads' width."""
+class LayerNames(NamedTuple):
+    """Names of a layer's linear maps, and of the module that has those of queries and keys."""
 
     query: str
     key: str
@@ -25,16 +27,25 @@ class _Names(NamedTuple):
     inner: str = ""
 
 
-def _linear_layout(module: nn.Module, *, choices: tuple[_Names, ...]) -> HeadLayout | None:
-    """Heads of a layer with a linear map for each role, under the first names that it has."""
+def present_names(module: nn.Module, choices: tuple[LayerNames, ...]) -> LayerNames | None:
+    """Return the first names that a layer has."""
     present = {name for name, _ in module.named_modules()}
-    names = next((names for names in choices if {names.query, names.key} <= present), None)
+    return next((names for names in choices if {names.query, names.key} <= present), None)
+
+
+def _linear_layout(module: nn.Module, *, choices: tuple[LayerNames, ...]) -> HeadLayout | None:
+    """Heads of a layer with a linear map for each role, under the first names that it has."""
+    names = present_names(module, choices)
     if names is None:
         return None
     inner: Any = module.get_submodule(names.inner)
     width = getattr(inner, "head_dim", None) or inner.attention_head_size
-    layout = HeadLayout()
-    for role in ("query", "key", "value"):
+    layout, roles = HeadLayout(), ("query", "key", "value")
+    shared = getattr(inner, SHARED, None)
+    if shared is not None:
+        layout |= shared_layout(f"{names.inner}.{SHARED}".lstrip("."), shared)
+        roles = ("value",)
+    for role in roles:
         name = getattr(names, role)
         part: Any = module.get_submodule(name)
         weight = HeadSlice(f"{name}.weight", 0, 0, width, part.out_features // width)
@@ -53,6 +64,9 @@ def _gpt2_layout(module: Any) -> HeadLayout:
         places = {"query": ("q_attn", 0), "key": ("c_attn", 0), "value": ("c_attn", 1)}
     heads, width = module.num_heads, module.head_dim
     layout = HeadLayout()
+    if getattr(module, SHARED, None) is not None:
+        layout |= shared_layout(SHARED, getattr(module, SHARED))
+        places = {"value": ("c_attn.value", 0)}
     for role, (name, place) in places.items():
         weight = HeadSlice(f"{name}.weight", 1, place * module.embed_dim, width, heads)
         layout[role] = ProjectionSlices(weight, weight._replace(parameter=f"{name}.bias", axis=0))
@@ -60,34 +74,32 @@ def _gpt2_layout(module: Any) -> HeadLayout:
     return layout
 
 
-def _linear(*choices: _Names) -> Callable[[nn.Module], HeadLayout | None]:
-    return partial(_linear_layout, choices=choices)
-
-
 # The block around BERT's attention has the output projection, so it is the layer.
-_BERT_BLOCK = _linear(_Names("self.query", "self.key", "self.value", "output.dense", "self"))
-_BERT = _linear(_Names("query", "key", "value"))
-_LLAMA = _Names("q_proj", "k_proj", "v_proj", "o_proj")
-_EARLY_VIT = _Names(
+_BERT_BLOCK = (LayerNames("self.query", "self.key", "self.value", "output.dense", "self"),)
+_BERT = (LayerNames("query", "key", "value"),)
+_ALBERT = (LayerNames("query", "key", "value", "dense"),)
+_DISTILBERT = (LayerNames("q_lin", "k_lin", "v_lin", "out_lin"),)
+_LLAMA = (LayerNames("q_proj", "k_proj", "v_proj", "o_proj"),)
+_EARLY_VIT = LayerNames(
     "attention.query", "attention.key", "attention.value", "output.dense", "attention"
 )
 
+# Layers with a linear map for each role.
+LINEAR_NAMES: dict[str, tuple[LayerNames, ...]] = {
+    "transformers.models.albert.modeling_albert.AlbertAttention": _ALBERT,
+    "transformers.models.bert.modeling_bert.BertAttention": _BERT_BLOCK,
+    "transformers.models.bert.modeling_bert.BertSelfAttention": _BERT,
+    "transformers.models.bert.modeling_bert.BertCrossAttention": _BERT,
+    "transformers.models.roberta.modeling_roberta.RobertaAttention": _BERT_BLOCK,
+    "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _BERT,
+    "transformers.models.roberta.modeling_roberta.RobertaCrossAttention": _BERT,
+    "transformers.models.vit.modeling_vit.ViTAttention": (*_LLAMA, _EARLY_VIT),
+    "transformers.models.vit.modeling_vit.ViTSelfAttention": _BERT,
+    "transformers.models.distilbert.modeling_distilbert.DistilBertSelfAttention": _DISTILBERT,
+    "transformers.models.llama.modeling_llama.LlamaAttention": _LLAMA,
+}
+
 HUGGING_FACE: dict[str, Callable[[Any], HeadLayout | None]] = {
-    f"transformers.models.{name}": describe
-    for name, describe in {
-        "albert.modeling_albert.AlbertAttention": _linear(_Names("query", "key", "value", "dense")),
-        "bert.modeling_bert.BertAttention": _BERT_BLOCK,
-        "bert.modeling_bert.BertSelfAttention": _BERT,
-        "bert.modeling_bert.BertCrossAttention": _BERT,
-        "roberta.modeling_roberta.RobertaAttention": _BERT_BLOCK,
-        "roberta.modeling_roberta.RobertaSelfAttention": _BERT,
-        "roberta.modeling_roberta.RobertaCrossAttention": _BERT,
-        "vit.modeling_vit.ViTAttention": _linear(_LLAMA, _EARLY_VIT),
-        "vit.modeling_vit.ViTSelfAttention": _BERT,
-        "distilbert.modeling_distilbert.DistilBertSelfAttention": _linear(
-            _Names("q_lin", "k_lin", "v_lin", "out_lin")
-        ),
-        "gpt2.modeling_gpt2.GPT2Attention": _gpt2_layout,
-        "llama.modeling_llama.LlamaAttention": _linear(_LLAMA),
-    }.items()
+    **{name: partial(_linear_layout, choices=choices) for name, choices in LINEAR_NAMES.items()},
+    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": _gpt2_layout,
 }

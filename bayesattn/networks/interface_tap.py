@@ -7,7 +7,7 @@ ignored. transformers is never imported: a model of theirs has done that.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,10 +15,16 @@ from torch import Tensor, nn
 
 from bayesattn.masking import with_infinities
 from bayesattn.networks.attention_call import AttentionCall, Record
+from bayesattn.networks.interface_functions import (
+    AttentionFunction,
+    attention_function,
+    attention_functions,
+    check_implementation,
+)
+from bayesattn.networks.shared_config import underlying_config
 
 __all__ = ["watch_interface"]
 
-AttentionFunction = Callable[..., Any]
 _block = itertools.count()
 # What some models add to the logits or the softmax, and the settings of a call cannot say.
 _NOT_UNDERSTOOD = ("position_bias", "softcap", "s_aux")
@@ -48,15 +54,15 @@ def watch_interface(records: Mapping[nn.Module, Record]) -> Iterator[None]:
 @contextmanager
 def _renamed(config: Any, prefix: str, records: Mapping[nn.Module, Record]) -> Iterator[None]:
     """Put a function that records in the place of the one that a configuration names."""
-    functions = sys.modules["transformers.modeling_utils"].AttentionInterface
+    functions = attention_functions()
     masks = sys.modules["transformers.masking_utils"].AttentionMaskInterface
     before = config._attn_implementation
     implementation = before or "eager"
     function = functions().get(implementation)
     kind = getattr(function, "implementation", implementation)
-    _check_implementation(kind, function)
+    check_implementation(kind, function)
     name = f"{prefix} {implementation}"
-    functions.register(name, _observed(function, kind, records))
+    functions.register(name, _observed(implementation, kind, records))
     if implementation in masks():
         masks.register(name, masks()[implementation])
     # By the empty key, so that the configurations within this one stay.
@@ -67,25 +73,18 @@ def _renamed(config: Any, prefix: str, records: Mapping[nn.Module, Record]) -> I
         if config._attn_implementation == name:
             config._attn_implementation = {"": before}
         for interface in (functions, masks):
-            interface._global_mapping.pop(name, None)
+            # Also what layers that share projections made of the name.
+            for made in [known for known in interface._global_mapping if known.endswith(name)]:
+                del interface._global_mapping[made]
 
 
 def _config(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
+    config = underlying_config(getattr(module, "config", None))
     return config if hasattr(config, "_attn_implementation") else None
 
 
-def _check_implementation(implementation: str, function: AttentionFunction | None) -> None:
-    own = not getattr(function, "__module__", "transformers").startswith("transformers")
-    if implementation not in ("eager", "sdpa") and (function is None or not own):
-        raise ValueError(
-            "model: expected the attention implementation eager, sdpa or one's own, got "
-            f"{implementation}; model.set_attn_implementation('sdpa') changes it"
-        )
-
-
 def _observed(
-    function: AttentionFunction | None, implementation: str, records: Mapping[nn.Module, Record]
+    name: str, implementation: str, records: Mapping[nn.Module, Record]
 ) -> AttentionFunction:
     def observed(
         module: nn.Module,
@@ -95,7 +94,7 @@ def _observed(
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> Any:
-        attend = _eager(module) if function is None else function
+        attend = attention_function(module, name)
         result = attend(module, query, key, value, attention_mask, **kwargs)
         if module in records:
             settings = _settings(module, (query, key), attention_mask, kwargs, implementation)
@@ -113,23 +112,6 @@ def _is_self_attention(module: nn.Module, query: Tensor, key: Tensor) -> bool:
     # With cached keys, the first of them are earlier tokens.
     crosses = getattr(module, "is_cross_attention", "Cross" in type(module).__name__)
     return not crosses and query.shape[-2] == key.shape[-2]
-
-
-def _eager(module: nn.Module) -> AttentionFunction:
-    """Return what a module calls where its configuration says "eager", which is not registered."""
-    if getattr(module, "reorder_and_upcast_attn", False):
-        # GPT-2's second way, which it takes under this one name only.
-        return lambda module, query, key, value, mask, **_: module._upcast_and_reordered_attn(
-            query, key, value, mask
-        )
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(
-        f"model: found no eager_attention_forward beside {type(module).__name__}; "
-        "model.set_attn_implementation('sdpa') does without"
-    )
 
 
 def _settings(

@@ -7,6 +7,7 @@ from torch import nn
 
 from bayesattn.networks.graph_tap import graph_layout, watch_graph
 from bayesattn.networks.head_slices import ROLES, HeadLayout
+from bayesattn.networks.huggingface_exchange import EXCHANGES
 from bayesattn.networks.huggingface_layouts import HUGGING_FACE
 from bayesattn.networks.layer_taps import (
     Observe,
@@ -16,6 +17,8 @@ from bayesattn.networks.layer_taps import (
     watch_own_multihead,
     watch_pooling,
 )
+from bayesattn.networks.projection_exchange import Exchange
+from bayesattn.networks.torch_exchange import MultiheadExchange
 from bayesattn.networks.torch_layouts import multihead_layout, pooling_layout
 
 __all__ = ["LayerKind", "describe_layer", "layer_kind", "register_attention_layer"]
@@ -27,21 +30,30 @@ class LayerKind(NamedTuple):
     Attributes:
         describe: Where a layer keeps its heads; None where a module turns out to be no layer.
         watch: Records its calls; None where it calls Hugging Face's registry of attention.
+        exchange: How its projections are exchanged, or why they cannot be.
     """
 
     describe: Callable[[Any], HeadLayout | None]
     watch: Watch | None = None
+    exchange: Exchange | str = "nobody said how its projections are exchanged"
 
 
 # By name, for what is not ours need not be loaded.
 _BUILT_IN = {
-    "torch.nn.modules.activation.MultiheadAttention": LayerKind(multihead_layout, watch_multihead),
-    "bayesattn.multihead.MultiheadAttention": LayerKind(multihead_layout, watch_own_multihead),
+    "torch.nn.modules.activation.MultiheadAttention": LayerKind(
+        multihead_layout, watch_multihead, MultiheadExchange()
+    ),
+    "bayesattn.multihead.MultiheadAttention": LayerKind(
+        multihead_layout, watch_own_multihead, MultiheadExchange()
+    ),
     "bayesattn.structured_pooling.StructuredSelfAttention": LayerKind(
         pooling_layout, watch_pooling
     ),
     "bayesattn.graph_layers.GraphAttention": LayerKind(graph_layout, watch_graph),
-    **{name: LayerKind(describe) for name, describe in HUGGING_FACE.items()},
+    **{
+        name: LayerKind(describe, exchange=EXCHANGES[name])
+        for name, describe in HUGGING_FACE.items()
+    },
 }
 _registered: dict[type, LayerKind] = {}
 
@@ -50,6 +62,7 @@ def register_attention_layer(
     cls: type,
     describe: Callable[[Any], HeadLayout | None],
     observe: Observe | None = None,
+    exchange: Exchange | str = LayerKind._field_defaults["exchange"],
 ) -> None:
     """Make a layer of one's own, and its subclasses, known.
 
@@ -71,13 +84,16 @@ def register_attention_layer(
         describe: From a layer to where its heads stand; or None, if this one is not to be found.
         observe: From a layer, its arguments by place and by name, and its output to what it handed
             to attention. Layers that call Hugging Face's attention interface need none.
+        exchange: How its projections are exchanged, for :func:`bayesattn.convert`, or why they
+            cannot be.
 
     Raises:
         ValueError: If ``cls`` is not a class of modules.
     """
     if not issubclass(cls, nn.Module):
         raise ValueError(f"cls: expected a class of modules, got {cls!r}")
-    _registered[cls] = LayerKind(describe, None if observe is None else hooked(observe))
+    watch = None if observe is None else hooked(observe)
+    _registered[cls] = LayerKind(describe, watch, exchange)
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
