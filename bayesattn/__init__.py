@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from bayesattn.attention_changes import attention_snapshot as attention_snapshot
     from bayesattn.attention_diagnostics import attention_statistics as attention_statistics
     from bayesattn.attention_diagnostics import layer_statistics as layer_statistics
+    from bayesattn.conversion import convert as convert
     from bayesattn.encoder import TransformerEncoder as TransformerEncoder
     from bayesattn.encoder import TransformerEncoderLayer as TransformerEncoderLayer
+    from bayesattn.factorization import factorize as factorize
     from bayesattn.functional import attention as attention
     from bayesattn.functional import attention_weights as attention_weights
     from bayesattn.graph_layers import GraphAttention as GraphAttention
@@ -36,14 +38,20 @@ if TYPE_CHECKING:
     from bayesattn.head_diagnostics import weight_similarity as weight_similarity
     from bayesattn.head_penalties import HeadPenalty as HeadPenalty
     from bayesattn.multihead import MultiheadAttention as MultiheadAttention
+    from bayesattn.projection_conversion import CollaborativeFit as CollaborativeFit
+    from bayesattn.projection_conversion import Separate as Separate
+    from bayesattn.shared_projections import Collaborative as Collaborative
     from bayesattn.structured_pooling import StructuredSelfAttention as StructuredSelfAttention
 
     __version__: str
 
 __all__ = [
+    "Collaborative",
+    "CollaborativeFit",
     "GraphAttention",
     "HeadPenalty",
     "MultiheadAttention",
+    "Separate",
     "StructuredSelfAttention",
     "TransformerEncoder",
     "TransformerEncoderLayer",
@@ -56,8 +64,10 @@ __all__ = [
     "attention_weights",
     "calibration",
     "circuit_similarity",
+    "convert",
     "datasets",
     "divergences",
+    "factorize",
     "functional",
     "head_penalties",
     "head_similarity",
@@ -74,9 +84,12 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Collaborative": "bayesattn.shared_projections",
+    "CollaborativeFit": "bayesattn.projection_conversion",
     "GraphAttention": "bayesattn.graph_layers",
     "HeadPenalty": "bayesattn.head_penalties",
     "MultiheadAttention": "bayesattn.multihead",
+    "Separate": "bayesattn.projection_conversion",
     "StructuredSelfAttention": "bayesattn.structured_pooling",
     "TransformerEncoder": "bayesattn.encoder",
     "TransformerEncoderLayer": "bayesattn.encoder",
@@ -87,6 +100,8 @@ _MODULE_OF = {
     "attention_statistics": "bayesattn.attention_diagnostics",
     "attention_weights": "bayesattn.functional",
     "circuit_similarity": "bayesattn.head_diagnostics",
+    "convert": "bayesattn.conversion",
+    "factorize": "bayesattn.factorization",
     "head_statistics": "bayesattn.head_diagnostics",
     "layer_statistics": "bayesattn.attention_diagnostics",
     "warn_of_collapse": "bayesattn.head_diagnostics",

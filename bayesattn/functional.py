@@ -188,7 +188,8 @@ def _dense_weights(
         values = logits(query, key)
     if masks.bias is not None:
         # In a narrower type what was finite must not become infinite.
-        values = values + masks.bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        wide = masks.bias.to(torch.promote_types(masks.bias.dtype, query.dtype))
+        values = values + wide.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
     pairs = masks.pairs()
     if normalization is None:
         return masked_softmax(values, pairs)

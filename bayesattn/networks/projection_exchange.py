@@ -6,7 +6,7 @@ One kind of layer differs from another in where the parameters stand, which its 
 what its code lets stand there, which its exchange knows.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,7 @@ class HeadProjections(NamedTuple):
         return _content(self.key_bias, self.query_weight)
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """How layers of a kind have their projections exchanged."""
 

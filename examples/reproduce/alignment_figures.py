@@ -48,12 +48,14 @@ def dose_figure(records: Sequence[Record]) -> Figure:
 def shift_figure(records: Sequence[Record]) -> Figure:
     """Draw what each rival's chosen model is worth, in domain and under shift."""
     tasks, rivals = _names(records, "task"), _names(records, "rival")
+    # As in the other figures; the baseline is grey there too.
+    palette = ["0.4", *colors(len(rivals) - 1)]
     size = (1.6 + 2.5 * len(_SHIFT), 1.4 + 0.2 * len(tasks) * (len(rivals) + 1))
     figure, grid = new_figure(1, len(_SHIFT), size, sharey=True)
     handles = []
     for axes, metric in zip(grid[0], _SHIFT, strict=True):
         handles = []
-        for place, (rival, color) in enumerate(zip(rivals, colors(len(rivals)), strict=True)):
+        for place, (rival, color) in enumerate(zip(rivals, palette, strict=True)):
             rows, means, errors = [], [], []
             for row, task in enumerate(tasks):
                 values = _metric(records, task, rival, metric)
@@ -67,6 +69,7 @@ def shift_figure(records: Sequence[Record]) -> Figure:
                 )
             )
         axes.set_title(metric, fontsize=10)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_yticks(range(len(tasks)), tasks, fontsize=9)
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.tick_params(axis="x", labelsize=8)

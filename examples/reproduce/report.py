@@ -25,6 +25,10 @@ Record = Mapping[str, Any]
 Findings = dict[str, dict[str, dict[str, dict[str, Estimate]]]]
 
 
+# Beside each other in a figure, so that a page can hold it.
+_MOST_PANELS = 5
+
+
 def findings(study: Study, records: Sequence[Record]) -> Findings:
     """Estimate every metric and its difference from the baseline.
 
@@ -114,10 +118,14 @@ def difference_figure(study: Study, found: Findings) -> Figure:
     """
     rivals = [rival for rival in study.rivals if rival != study.baseline]
     tasks, metrics = list(found), list(study.metrics)
-    height = 1.4 + 0.16 * len(tasks) * (len(rivals) + 1)
-    figure, grid = new_figure(1, len(metrics), (1.4 + 3.0 * len(metrics), height), sharey=True)
+    rows = -(-len(metrics) // _MOST_PANELS)
+    columns = -(-len(metrics) // rows)
+    height = 0.8 + rows * (0.6 + 0.16 * len(tasks) * (len(rivals) + 1))
+    figure, grid = new_figure(rows, columns, (1.4 + 3.0 * columns, height), sharey=True)
     handles = []
-    for axes, metric in zip(grid[0], metrics, strict=True):
+    for axes in grid.flat[len(metrics) :]:
+        axes.set_visible(False)
+    for axes, metric in zip(grid.flat, metrics, strict=False):
         axes.axvline(0, color="0.4", linewidth=0.9, linestyle=":")
         handles = []
         for place, (rival, color) in enumerate(zip(rivals, colors(len(rivals)), strict=True)):

@@ -1,0 +1,310 @@
+"""Conversion of PyTorch's layers and ours: exact at full width, in place or copied, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bayesattn.conversion import convert
+from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
+from bayesattn.logits import DotProduct, GaussianLogits
+from bayesattn.multihead import MultiheadAttention
+from bayesattn.networks import input_moments
+from bayesattn.normalizations import DoublyNormalized
+from bayesattn.projection_conversion import CollaborativeFit, Separate
+from bayesattn.shared_projections import Collaborative
+
+BATCH, TOKENS, WIDTH, HEADS = 2, 7, 12, 3
+
+
+@pytest.fixture
+def encoder(seeded_layers):
+    """PyTorch's encoder in evaluation, all of whose parameters count."""
+
+    def build(cls=nn.TransformerEncoder, layer=nn.TransformerEncoderLayer, **settings):
+        made = layer(WIDTH, HEADS, 16, dropout=0.3, batch_first=True, **settings)
+        options = {"enable_nested_tensor": False}
+        model = cls(made, 2, **options).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.4)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def tokens(generator):
+    return torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
+
+
+@pytest.fixture
+def padding():
+    mask = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+    mask[1, 4:] = True
+    return mask
+
+
+FULL = CollaborativeFit(WIDTH, start="heads", num_iterations=1)
+
+
+def test_full_width_is_exact_with_padding(encoder, tokens, padding):
+    model = encoder()
+    expected = model(tokens, src_key_padding_mask=padding)[~padding]
+    converted, report = convert(model, projections=FULL, copy=True)
+    found = converted(tokens, src_key_padding_mask=padding)[~padding]
+    torch.testing.assert_close(found, expected)
+    assert [layer.relative_error < 1e-12 for layer in report.values()] == [True, True]
+    assert list(report) == ["layers.0.self_attn", "layers.1.self_attn"]
+    torch.testing.assert_close(model(tokens, src_key_padding_mask=padding)[~padding], expected)
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+def test_in_place_changes_the_model_itself(encoder, tokens):
+    model = encoder()
+    expected = model(tokens)
+    converted, _ = convert(model, projections=FULL)
+    assert converted is model
+    assert isinstance(model.layers[0].self_attn, MultiheadAttention)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_a_narrow_width_is_as_far_off_as_the_report_says(seeded_layers, generator):
+    layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    (converted, report) = convert(layer, projections=Collaborative(5), copy=True)
+    query, key, _ = layer.in_proj_weight.chunk(3)
+    exact = torch.einsum("hdq,hdk->hqk", *(w.unflatten(0, (HEADS, -1)) for w in (query, key)))
+    shared = converted.projections
+    found = torch.einsum("hr,rq,rk->hqk", shared.mixing, shared.query_weight, shared.key_weight)
+    error = (found - exact).norm() / exact.norm()
+    assert 0.1 < error < 1
+    assert report[""].relative_error == pytest.approx(error.item(), rel=1e-6)
+    of_heads = (found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    torch.testing.assert_close(report[""].head_errors, of_heads.detach())
+    assert report[""].lower_bound <= error
+    assert report[""].width == (WIDTH, 5)
+
+
+def test_the_report_counts(seeded_layers):
+    layer = nn.MultiheadAttention(WIDTH, HEADS, kdim=10, batch_first=True)
+    converted, report = convert(layer, projections=Collaborative(5), copy=True)
+    before, after = report[""].before, report[""].after
+    assert before.parameters == WIDTH * (WIDTH + 10) + 2 * WIDTH
+    assert after.parameters == sum(p.numel() for p in converted.projections.parameters())
+    assert after.parameters == 5 * (WIDTH + 10) + HEADS * (5 + 10)
+    assert (before.logit_flops, after.logit_flops) == (2 * WIDTH, 2 * HEADS * (5 + HEADS))
+    assert (before.cached_floats, after.cached_floats) == (WIDTH, 5 + HEADS)
+    assert before.projection_flops == 2 * WIDTH * (WIDTH + 10)
+    text = str(report)
+    assert "12 -> 5" in text
+    assert text.splitlines()[0].split()[:3] == ["layer", "width", "error"]
+
+
+def test_there_and_back_again(encoder, tokens, padding):
+    model = encoder()
+    expected = model(tokens, src_key_padding_mask=padding)[~padding]
+    shared, _ = convert(model, projections=FULL, copy=True)
+    back, report = convert(shared, projections=Separate(), copy=True)
+    assert all(layer.relative_error < 1e-12 for layer in report.values())
+    assert back.layers[0].self_attn.projections is None
+    assert back.layers[0].self_attn.in_proj_weight.shape == (3 * WIDTH, WIDTH)
+    torch.testing.assert_close(back(tokens, src_key_padding_mask=padding)[~padding], expected)
+
+
+@pytest.mark.parametrize("settings", [{"kdim": 10, "vdim": 9}, {"bias": False}])
+def test_there_and_back_with_other_widths_or_no_bias(seeded_layers, generator, settings):
+    layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **settings)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    widths = (WIDTH, settings.get("kdim", WIDTH), settings.get("vdim", WIDTH))
+    inputs = [torch.randn(BATCH, TOKENS, width, generator=generator) for width in widths]
+    shared, _ = convert(layer, projections=FULL, copy=True)
+    back, _ = convert(shared, projections=Separate(), copy=True)
+    for made in (shared, back):
+        torch.testing.assert_close(made(*inputs)[0], layer(*inputs)[0])
+
+
+def test_normalizations_over_queries_keep_the_bias_of_keys(encoder, tokens, padding):
+    model = encoder(TransformerEncoder, TransformerEncoderLayer, normalization=DoublyNormalized())
+    expected = model(tokens, src_key_padding_mask=padding)[~padding]
+    shared, _ = convert(model, projections=FULL, copy=True)
+    torch.testing.assert_close(shared(tokens, src_key_padding_mask=padding)[~padding], expected)
+    assert shared.layers[0].self_attn.projections.query_content is not None
+    back, _ = convert(shared, projections=Separate(), copy=True)
+    torch.testing.assert_close(back(tokens, src_key_padding_mask=padding)[~padding], expected)
+
+
+def test_a_scale_of_ones_own_is_kept(seeded_layers, tokens):
+    layer = MultiheadAttention(WIDTH, HEADS, batch_first=True, logits=DotProduct(0.9))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    shared, _ = convert(layer, projections=FULL, copy=True)
+    back, _ = convert(shared, projections=Separate(), copy=True)
+    for made in (shared, back):
+        torch.testing.assert_close(made(tokens, tokens, tokens), layer(tokens, tokens, tokens))
+
+
+def test_mode_dropout_type_hooks_and_frozen_parameters_are_kept(encoder, tokens):
+    model = encoder().float()
+    attention = model.layers[0].self_attn
+    attention.train().requires_grad_(False)
+    seen = []
+    handle = attention.register_forward_hook(lambda *_: seen.append(1))
+    convert(model, projections=FULL)
+    made = model.layers[0].self_attn
+    assert made.training
+    assert not model.layers[1].self_attn.training
+    assert made.dropout == 0.3
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in made.parameters())
+    assert all(p.requires_grad for p in model.layers[1].self_attn.parameters())
+    model(tokens.float())
+    handle.remove()
+    model(tokens.float())
+    assert seen == [1]
+
+
+def test_a_layer_in_several_places_stays_one(seeded_layers, tokens):
+    one = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    model = nn.ModuleDict({"first": one, "second": one})
+    convert(model, projections=FULL)
+    assert model["first"] is model["second"]
+    assert isinstance(model["first"], MultiheadAttention)
+
+
+def test_some_layers_only(encoder):
+    model = encoder()
+    convert(model, projections=FULL, layers=["layers.1.self_attn"])
+    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    assert model.layers[1].self_attn.projections.width == WIDTH
+    with pytest.raises(
+        ValueError, match=r"layers: expected some of 'layers.0.self_attn', .* got 'x'"
+    ):
+        convert(model, projections=FULL, layers=["x"])
+    with pytest.raises(ValueError, match="layers: expected a sequence of names, got 'x'"):
+        convert(model, projections=FULL, layers="x")
+
+
+def test_widths_by_name_and_nested_widths(encoder, tokens):
+    model = encoder()
+    widths = {"layers.0.self_attn": 5, "layers.1.self_attn": 7}
+    convert(model, projections=CollaborativeFit(widths))
+    assert [layer.self_attn.projections.width for layer in model.layers] == [5, 7]
+    _, report = convert(model, projections=Collaborative(4))
+    assert [layer.width for layer in report.values()] == [(5, 4), (7, 4)]
+    with pytest.raises(ValueError, match="width: expected one for each layer"):
+        convert(model, projections=CollaborativeFit({"layers.0.self_attn": 3}))
+
+
+def test_an_error_budget_gives_each_layer_its_width(encoder):
+    model = encoder()
+    _, report = convert(model, projections=CollaborativeFit(error=0.3))
+    for layer in report.values():
+        assert layer.relative_error <= 0.3
+        assert 1 <= layer.width[1] < WIDTH
+
+
+def test_fresh_parameters_are_loaded_into(encoder, tokens):
+    model = encoder()
+    trained, _ = convert(model, projections=Collaborative(5), copy=True)
+    fresh, report = convert(model, projections=CollaborativeFit(5, start="fresh"), copy=True)
+    assert {layer.relative_error for layer in report.values()} == {0.0}
+    assert (fresh(tokens) - trained(tokens)).abs().max() > 1e-3
+    fresh.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(fresh(tokens), trained(tokens))
+
+
+def test_moments_are_those_of_tokens_that_are_no_padding(seeded_layers, generator, padding):
+    layer = nn.MultiheadAttention(WIDTH, HEADS, kdim=10, vdim=9, batch_first=False)
+    query = torch.randn(5, BATCH, WIDTH, generator=generator)
+    key = torch.randn(TOKENS, BATCH, 10, generator=generator)
+    value = torch.randn(TOKENS, BATCH, 9, generator=generator)
+    with input_moments(layer) as moments:
+        for scale in (1, 2):
+            layer(scale * query, key=scale * key, value=value, key_padding_mask=padding)
+    real = key.transpose(0, 1)[~padding]
+    torch.testing.assert_close(moments[""].key, 2.5 * real.mT @ real / len(real))
+    asked = query.flatten(0, 1)
+    torch.testing.assert_close(moments[""].query, 2.5 * asked.mT @ asked / len(asked))
+    assert (moments[""].query_count, moments[""].key_count) == (20, 22)
+
+
+def test_weighing_by_moments_lowers_the_error_of_logits(seeded_layers, generator):
+    """Tokens that live on few directions, which plain weights do not know of."""
+    layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    spread = torch.linspace(0, -3, WIDTH).exp()
+    tokens = torch.randn(8, 40, WIDTH, generator=generator) * spread
+    with input_moments(layer) as moments:
+        layer(tokens, tokens, tokens)
+
+    def error(fit):
+        converted, report = convert(layer, projections=fit, copy=True)
+        given = converted.attention_inputs(tokens, tokens, tokens)
+        before = MultiheadAttention.from_torch(layer).attention_inputs(tokens, tokens, tokens)
+        exact = before.query @ before.key.mT * (WIDTH / HEADS) ** -0.5
+        found = given.query @ given.key.mT
+        return ((found - exact).norm() / exact.norm()).item(), report[""].relative_error
+
+    plain, _ = error(CollaborativeFit(4))
+    weighed, reported = error(CollaborativeFit(4, moments=moments))
+    assert weighed < 0.8 * plain
+    assert reported == pytest.approx(weighed, rel=0.2)
+    with pytest.raises(ValueError, match="moments: expected those of layer ''"):
+        convert(layer, projections=CollaborativeFit(4, moments={}), copy=True)
+
+
+def test_other_axes(encoder, tokens, padding):
+    model = encoder()
+    seen = []
+    model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    converted, report = convert(model, normalization=DoublyNormalized(), projections=FULL)
+    assert isinstance(converted.layers[0].self_attn.normalization, DoublyNormalized)
+    assert len(report) == 2
+    converted(tokens)
+    assert seen == [1]
+    ours = encoder()
+    expected = encoder(
+        TransformerEncoder, TransformerEncoderLayer, normalization=DoublyNormalized()
+    )
+    expected.load_state_dict(ours.state_dict())
+    convert(ours, normalization=DoublyNormalized())
+    torch.testing.assert_close(
+        ours(tokens, src_key_padding_mask=padding)[~padding],
+        expected(tokens, src_key_padding_mask=padding)[~padding],
+    )
+
+
+def test_refusals_name_the_layer_and_the_reason_and_change_nothing(encoder):
+    with pytest.raises(ValueError, match="convert: expected one of projections, normalization"):
+        convert(encoder())
+    with pytest.raises(ValueError, match="model: expected attention layers, found none"):
+        convert(nn.Linear(2, 2), projections=FULL)
+    with pytest.raises(ValueError, match=r"expected a width or an error, got width=3, error=0\.1"):
+        CollaborativeFit(3, error=0.1)
+    with pytest.raises(ValueError, match="start: 'fresh' needs a width"):
+        CollaborativeFit(error=0.1, start="fresh")
+    model = nn.ModuleList(
+        [nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2, add_bias_kv=True)]
+    )
+    with pytest.raises(ValueError, match=r"layer '1' \(MultiheadAttention\) .* learned key"):
+        convert(model, projections=Collaborative(2))
+    assert type(model[0]) is nn.MultiheadAttention
+    with pytest.raises(ValueError, match="key of zeros"):
+        convert(nn.MultiheadAttention(4, 2, add_zero_attn=True), projections=Collaborative(2))
+    with pytest.raises(ValueError, match="no inner products of queries and keys, but Gaussian"):
+        convert(MultiheadAttention(4, 2, logits=GaussianLogits(2, 2)), projections=Collaborative(2))
+    with pytest.raises(ValueError, match="layer '0': expected shared projections, found none"):
+        convert(model, projections=Separate(), layers=["0"])
+    bound = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    with pytest.raises(ValueError, match="parametrized"):
+        convert(bound, projections=Collaborative(2))
+
+
+def test_converted_models_train_and_copy(encoder, tokens):
+    model, _ = convert(encoder(), projections=Collaborative(5))
+    model.train()
+    model(tokens).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    again = copy.deepcopy(model.eval())
+    torch.testing.assert_close(again(tokens), model(tokens))
