@@ -92,15 +92,15 @@ class Factorization(NamedTuple):
 
 
 def factorize(
-    query_weight: Float[Tensor, "*layer head dim query_feature"],
-    key_weight: Float[Tensor, "*layer head dim key_feature"],
+    query_weight: Float[Tensor, "..."],
+    key_weight: Float[Tensor, "..."],
     width: int,
     *,
     start: str = "best",
     num_iterations: int = 100,
     tolerance: Number = 1e-6,
-    query_moment: Float[Tensor, "*layer query_feature query_feature"] | None = None,
-    key_moment: Float[Tensor, "*layer key_feature key_feature"] | None = None,
+    query_moment: Float[Tensor, "..."] | None = None,
+    key_moment: Float[Tensor, "..."] | None = None,
     seed: int = 0,
 ) -> Factorization:
     """Find projections that heads share, of a given width.
@@ -110,17 +110,17 @@ def factorize(
     side nothing is lost.
 
     Args:
-        query_weight: Of the heads' queries, of one layer or a batch of them.
-        key_weight: Of the heads' keys, as wide; repeat those that several heads share.
+        query_weight: "*layer head dim query_feature", of one layer or a batch of them.
+        key_weight: "*layer head dim key_feature"; repeat those that several heads share.
         width: Number of shared components.
         start: "heads" (each head's singular vectors), "algebraic" (exact where heads share no more
             components than the width, and the width is no more than the features), "random", or
             "best": ten sweeps from each, and then from the best.
         num_iterations: Most sweeps.
         tolerance: Stop once no layer's relative error falls by more in three sweeps.
-        query_moment: Second moment of what asks, to weigh errors by; see
-            :func:`bayesattn.networks.input_moments`.
-        key_moment: Second moment of what is asked.
+        query_moment: "*layer query_feature query_feature", or of all layers alike: second moment of
+            what asks, to weigh errors by; see :func:`bayesattn.networks.input_moments`.
+        key_moment: Likewise, of what is asked.
         seed: Of the random and algebraic starts; global random state is not touched.
 
     Raises:

@@ -13,8 +13,8 @@ Number = float | int
 
 
 def width_for_error(
-    query_weight: Float[Tensor, "head dim query_feature"],
-    key_weight: Float[Tensor, "head dim key_feature"],
+    query_weight: Float[Tensor, "..."],
+    key_weight: Float[Tensor, "..."],
     error: Number,
     **settings: Any,
 ) -> Factorization:
@@ -25,10 +25,10 @@ def width_for_error(
     the smallest that there is; no width is tried whose lower bound is above the error.
 
     Args:
-        query_weight: As for :func:`bayesattn.factorize`, of one layer.
-        key_weight: Likewise.
+        query_weight: "head dim query_feature", of one layer.
+        key_weight: "head dim key_feature".
         error: Allowed relative error.
-        **settings: Likewise.
+        **settings: As for :func:`bayesattn.factorize`.
 
     Raises:
         ValueError: If the error is negative, or as for :func:`bayesattn.factorize`.
