@@ -34,6 +34,7 @@ bench: .venv/.tests ## Measure speed and memory; beside JAX packages if `pip ins
 	$(BIN)/python -m tests.benchmarks.attention_speed
 	$(BIN)/python -m tests.benchmarks.repulsion_speed
 	$(BIN)/python -m tests.benchmarks.alignment_speed
+	$(BIN)/python -m tests.benchmarks.factorization_speed
 
 lint: .venv/.dev ## Check style and formatting
 	$(BIN)/ruff check .

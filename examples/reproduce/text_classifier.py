@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bayesattn.attention_choices import NormalizationFunction
 from bayesattn.encoder import TransformerEncoderLayer
+from bayesattn.shared_projections import Collaborative
 from examples.reproduce.text_tasks import TextSplits
 
 __all__ = ["TextClassifier", "small_transformer"]
@@ -64,6 +65,7 @@ def small_transformer(
     *,
     dim: int = 64,
     normalization: Callable[[], NormalizationFunction | None] = lambda: None,
+    projections: Collaborative | None = None,
 ) -> TextClassifier:
     """Build an untrained classifier of two layers.
 
@@ -75,6 +77,7 @@ def small_transformer(
         num_heads: Number of heads of each layer.
         dim: Width.
         normalization: Gives that of a layer, None for the softmax.
+        projections: Of each layer, None for heads that share none.
     """
 
     def layer() -> nn.Module:
@@ -86,6 +89,7 @@ def small_transformer(
             batch_first=True,
             norm_first=True,
             normalization=normalization(),
+            projections=projections,
         )
 
     sizes = len(splits.vocabulary), len(splits.label_names)
