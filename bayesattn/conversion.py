@@ -13,6 +13,7 @@ from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.conversion_report import ConversionReport
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.networks import AttentionLayer, attention_layers
+from bayesattn.networks.torch_exchange import carry_over
 from bayesattn.projection_conversion import (
     CollaborativeFit,
     Separate,
@@ -121,9 +122,7 @@ def _with_choices(
         for name, choice in given.items()
     }
     made = MultiheadAttention.from_torch(module, **kept)
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") or "_hooks_" in name:
-            setattr(made, name, value)
+    carry_over(made, module)
     return made
 
 

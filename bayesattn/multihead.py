@@ -199,20 +199,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "logits: expected None for heads that share projections with content vectors, "
                 f"which are those of the dot product, got {logits!r}"
             )
-        layer = cls(
-            module.embed_dim,
-            module.num_heads,
-            module.dropout,
-            bias=module.in_proj_bias is not None
-            or getattr(module, "v_proj_bias", None) is not None,
-            add_bias_kv=module.bias_k is not None,
-            add_zero_attn=module.add_zero_attn,
-            kdim=module.kdim,
-            vdim=module.vdim,
-            batch_first=module.batch_first,
-            device="meta",
-            projections=None if shared is None else Collaborative(shared.width),
-        )
+        layer = cls.empty_like(module, None if shared is None else Collaborative(shared.width))
         layer.projections = shared
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(layer, name, parameter)
@@ -221,6 +208,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         layer.normalization = own_choice("normalization", normalization, *place)
         layer.logits = own_choice("logits", logits, *place)
         return layer.train(module.training)
+
+    @classmethod
+    def empty_like(
+        cls, module: nn.MultiheadAttention, projections: Collaborative | None = None
+    ) -> "MultiheadAttention":
+        """Make a layer of the sizes and options of another, whose parameters have no data yet."""
+        shared_bias = getattr(module, "v_proj_bias", None)
+        return cls(
+            module.embed_dim,
+            module.num_heads,
+            module.dropout,
+            bias=module.in_proj_bias is not None or shared_bias is not None,
+            add_bias_kv=module.bias_k is not None,
+            add_zero_attn=module.add_zero_attn,
+            kdim=module.kdim,
+            vdim=module.vdim,
+            batch_first=module.batch_first,
+            device="meta",
+            projections=projections,
+        )
 
     def forward(
         self,

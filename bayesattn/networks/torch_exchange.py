@@ -61,14 +61,14 @@ class MultiheadExchange:
 
     def share(self, module: Any, shared: SharedProjections) -> MultiheadAttention:
         """One of our layers with the other parameters of this one."""
-        layer = _empty_like(module, Collaborative(shared.width))
+        layer = MultiheadAttention.empty_like(module, Collaborative(shared.width))
         layer.projections = shared
         layer.v_proj_weight, layer.v_proj_bias = _values(module)
         return _finished(layer, module)
 
     def separate(self, module: Any, projections: HeadProjections) -> MultiheadAttention:
         """One of our layers with projections of its own."""
-        layer = _empty_like(module, None)
+        layer = MultiheadAttention.empty_like(module)
         weight, bias = _values(module)
         parts = [projections.query_weight.flatten(0, 1), projections.key_weight.flatten(0, 1)]
         if layer.in_proj_weight is None:
@@ -93,21 +93,6 @@ def carry_over(new: nn.Module, old: nn.Module) -> None:
     """Let hooks, and handles that remove them, go on with another module."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
-
-
-def _empty_like(module: Any, projections: Collaborative | None) -> MultiheadAttention:
-    return MultiheadAttention(
-        module.embed_dim,
-        module.num_heads,
-        module.dropout,
-        bias=_values(module)[1] is not None,
-        add_zero_attn=module.add_zero_attn,
-        kdim=module.kdim,
-        vdim=module.vdim,
-        batch_first=module.batch_first,
-        device="meta",
-        projections=projections,
-    )
 
 
 def _values(module: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
