@@ -10,16 +10,16 @@ Source:
     arXiv:2110.12567, eq. 2. There λ = 0.01 for the sum over heads.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
 
 from bayesattn.divergences import Divergence
+from bayesattn.divergences.point_clouds import check_divergence, takes
 from bayesattn.inference.observed_clouds import mean_divergence
 from bayesattn.inference.observed_layers import (
     check_factor,
@@ -53,9 +53,11 @@ class Alignment(nn.Module):
             alignment.step()
 
     It is a module that holds what is learned beside the model, such as critics, and nothing of the
-    model; nothing is left on the model either. Padding takes no part: what no query may see, and in
-    self-attention queries in the same places. A compiled model runs as it is written while it is
-    observed. Under data-parallel training, call :meth:`sync_gradients` after the backward pass.
+    model's state; nothing is left on the model either. Padding takes no part: what no query may
+    see, and in self-attention queries in the same places; elsewhere tell by ``query_mask``. What
+    learns does so only if an optimizer has it, and its gradients grow with λ. A compiled model runs
+    as it is written while it is observed. Under data-parallel training, call
+    :meth:`sync_gradients` after the backward pass.
 
     Args:
         model: Any module with attention layers that :mod:`bayesattn.networks` knows.
@@ -93,6 +95,11 @@ class Alignment(nn.Module):
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
         found = chosen_layers(model, layers)
         self.reduction, self.num_steps, self._weight = reduction, 0, weight
+        if isinstance(weight, Tensor):
+            raise ValueError(
+                f"weight: expected a number, or a function of the steps, got a tensor: {weight}; "
+                "what is learned along would fall to zero"
+            )
         check_factor("weight", self.weight)
         self._factors = head_factors(found, layer_weights or {})
         self._observed = ObservedCalls(model, "Alignment")
@@ -101,11 +108,15 @@ class Alignment(nn.Module):
         self._numbers: dict[tuple[str, int], int] = {}
         self.adversaries = nn.ModuleList()
         self._is_shared_out = False
-        if _takes(divergence, 5):
+        self._query_mask: Tensor | None = None
+        is_class = isinstance(divergence, type)
+        if takes(divergence, 5) and not is_class:
             self._shared = cast(Divergence, divergence)
-        elif _takes(divergence, 2):
+        elif takes(divergence, 2) and (not is_class or issubclass(divergence, nn.Module)):
             counts = place_counts(found, places)
             self._make_adversaries(found, counts, cast(Adversary, divergence), seed)
+        elif is_class:
+            check_divergence(divergence)
         else:
             raise ValueError(
                 "divergence: expected one of bayesattn.divergences, or what makes one of a number "
@@ -119,8 +130,15 @@ class Alignment(nn.Module):
         """λ at the present step."""
         return self._weight(self.num_steps) if callable(self._weight) else self._weight
 
-    def observe(self) -> AbstractContextManager[None]:
+    def observe(
+        self, *, query_mask: Bool[Tensor, "batch query"] | None = None
+    ) -> AbstractContextManager[None]:
         """Collect what the layers are called with; what was collected earlier is forgotten.
+
+        Args:
+            query_mask: Where queries attend to other tokens, as a decoder's do to its encoder,
+                which of them take part: no mask of keys tells. For all layers whose queries have
+                this shape, those of self-attention apart.
 
         Raises:
             RuntimeError: If a layer is called without gradients in a context that has them, as
@@ -131,6 +149,7 @@ class Alignment(nn.Module):
             for parameter in self.parameters():
                 distributed.broadcast(parameter.detach(), 0)
             self._is_shared_out = True
+        self._query_mask = query_mask
         return self._observed.observe()
 
     def loss(self) -> Float[Tensor, ""]:
@@ -183,13 +202,28 @@ class Alignment(nn.Module):
             distributed.all_reduce(parameter.grad)
             parameter.grad /= distributed.get_world_size()
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Number of steps, for ``state_dict``."""
-        return {"num_steps": self.num_steps}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Number of steps, and whose what learns is, for ``state_dict``."""
+        return {"num_steps": self.num_steps, "learned": self._owners()}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Go on from a number of steps."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from a number of steps.
+
+        Raises:
+            ValueError: If what learned belongs to other layers, or there is no such state.
+        """
+        if not state.keys() >= {"num_steps", "learned"}:
+            raise ValueError(f"state_dict: expected that of an Alignment, got {sorted(state)}")
+        if state["learned"] != self._owners():
+            raise ValueError(
+                f"state_dict: expected what learns for {self._owners()}, got that for "
+                f"{state['learned']}"
+            )
         self.num_steps = state["num_steps"]
+
+    def _owners(self) -> list[str]:
+        """Layers, and their places, of what learns, in its order."""
+        return [f"{name}[{place}]" for name, place in self._numbers]
 
     def extra_repr(self) -> str:
         """What is aligned, and how much."""
@@ -223,8 +257,8 @@ class Alignment(nn.Module):
         if (name, place) not in self._numbers:
             count = sum(1 for other, _ in self._numbers if other == name)
             raise RuntimeError(
-                f"Alignment: layer '{name}' was called {place + 1} times in one pass of the model, "
-                f"and has what learns for {count}; say places={{'{name}': ...}}"
+                f"Alignment: layer '{name}' was called {place + 1} times or more in one pass of "
+                f"the model, and has what learns for {count}; say places={{'{name}': ...}}"
             )
         return self.adversaries[self._numbers[name, place]]
 
@@ -232,22 +266,19 @@ class Alignment(nn.Module):
         found: dict[tuple[str, int], list[AttentionCall]] = {}
         for name, placed in self._observed.calls().items():
             for place, call in placed if name in self._factors else ():
-                found.setdefault((name, place), []).append(call)
+                found.setdefault((name, place), []).append(self._masked(call))
         if not found:
             raise RuntimeError("Alignment.loss() needs a call of a layer that counts")
         return found
 
+    def _masked(self, call: AttentionCall) -> AttentionCall:
+        mask = self._query_mask
+        if mask is None or call.is_self_attention or type(call) is not AttentionCall:
+            return call
+        if mask.shape != (len(call.query), call.query.shape[2]):
+            return call
+        return call._replace(settings=call.settings | {"query_mask": mask})
+
 
 def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _takes(function: object, count: int) -> bool:
-    """Whether something can be called with so many arguments by place."""
-    if not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(*range(count))
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from bayesattn.contraction import inside_transform
 from bayesattn.divergences import Divergence
 from bayesattn.divergences.empty_clouds import divergence_or_zero
+from bayesattn.divergences.point_clouds import check_divergence
 from bayesattn.kernels.bandwidths import Number
 
 __all__ = ["AlignmentFactor"]
@@ -62,8 +63,8 @@ class AlignmentFactor:
     weight: Number | Float[Tensor, ""] | Float[Tensor, " head"] = 0.01
 
     def __post_init__(self) -> None:
-        if not callable(self.divergence):
-            raise ValueError(f"divergence: expected a callable, got {self.divergence!r}")
+        if isinstance(self.divergence, type) or not callable(self.divergence):
+            check_divergence(self.divergence)
         _refuse_energy_that_moves(self.divergence)
         _check_weight(self.weight)
 

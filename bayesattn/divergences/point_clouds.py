@@ -7,6 +7,7 @@ A point that a mask leaves out has weight zero, and so has its gradient, whateve
 place, NaN included.
 """
 
+import inspect
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from bayesattn.contraction import inside_transform
 
-__all__ = ["Divergence", "PointClouds", "Weights", "log_weights", "weighted_clouds"]
+__all__ = [
+    "Divergence",
+    "PointClouds",
+    "Weights",
+    "check_divergence",
+    "log_weights",
+    "takes",
+    "weighted_clouds",
+]
 
 # One vector a side, "*batch query" and "*batch key", or None for equal weights.
 Weights = tuple[Tensor | None, Tensor | None]
@@ -43,6 +52,34 @@ class Divergence(Protocol):
             weights: How much each query and each key counts: nonnegative, of any positive sum.
         """
         ...
+
+
+def check_divergence(divergence: object) -> None:
+    """Refuse what is no divergence, such as a class in place of an object.
+
+    Raises:
+        ValueError: With what was meant, where that can be told.
+    """
+    if isinstance(divergence, type):
+        raise ValueError(
+            f"divergence: expected an object, such as {divergence.__name__}(...), got the class"
+        )
+    if not takes(divergence, 5):
+        raise ValueError(
+            "divergence: expected one of bayesattn.divergences, which takes two clouds, their "
+            f"masks and weights, got {divergence!r}"
+        )
+
+
+def takes(function: object, count: int) -> bool:
+    """Whether something can be called with so many arguments by place."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class PointClouds(NamedTuple):

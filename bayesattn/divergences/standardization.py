@@ -27,6 +27,7 @@ from bayesattn.divergences.point_clouds import (
     Divergence,
     PointClouds,
     Weights,
+    check_divergence,
     weighted_clouds,
 )
 from bayesattn.kernels.distances import full_precision
@@ -41,8 +42,7 @@ class _Mapped(nn.Module, ABC):
 
     def __init__(self, divergence: Divergence) -> None:
         super().__init__()
-        if not callable(divergence):
-            raise ValueError(f"divergence: expected a callable, got {divergence!r}")
+        check_divergence(divergence)
         self.divergence = divergence
 
     def forward(

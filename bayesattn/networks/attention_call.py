@@ -10,7 +10,7 @@ from torch import Tensor
 from bayesattn.functional import attention_weights
 from bayesattn.masking import combine_masks, with_infinities
 
-__all__ = ["AttentionCall", "Record"]
+__all__ = ["AttentionCall", "Record", "are_one_tensor"]
 
 _MASKS = ("attn_mask", "query_mask", "key_mask", "is_causal")
 
@@ -73,3 +73,11 @@ class AttentionCall(NamedTuple):
 
 
 Record = Callable[[AttentionCall], None]
+
+
+def are_one_tensor(query: Tensor, key: Tensor) -> bool:
+    """Whether queries and keys come from the same tokens: one tensor, or views alike of one."""
+    if query is key:
+        return True
+    alike = query.shape == key.shape and query.stride() == key.stride()
+    return alike and query.dtype == key.dtype and query.data_ptr() == key.data_ptr() != 0

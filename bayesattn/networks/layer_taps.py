@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from bayesattn.head_layout import append_positions, split_heads
 from bayesattn.layer_masks import LayerShape, attention_masks
 from bayesattn.multihead import MultiheadAttention
-from bayesattn.networks.attention_call import AttentionCall, Record
+from bayesattn.networks.attention_call import AttentionCall, Record, are_one_tensor
 from bayesattn.structured_pooling import StructuredSelfAttention
 
 __all__ = ["Observe", "Watch", "hooked", "watch_multihead", "watch_own_multihead", "watch_pooling"]
@@ -76,7 +76,7 @@ def watch_own_multihead(module: MultiheadAttention, record: Record) -> Iterator[
         given = inspect.signature(layer.attention_inputs).bind(*args, **kwargs).arguments
         query, key, value, settings = inputs.pop()
         heads = split_heads(merged.pop(), layer.num_heads, batch_first=layer.batch_first)
-        is_self = given["query"] is given["key"]
+        is_self = are_one_tensor(given["query"], given["key"])
         return AttentionCall(query, key, value, heads, settings, is_self)
 
     hook = module.out_proj.register_forward_pre_hook(keep)
@@ -116,7 +116,11 @@ def watch_multihead(module: nn.MultiheadAttention, record: Record) -> Iterator[N
     forward, records = module.forward, [record]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _FunctionalCalls(records):
+        # Here, for what goes on turns each of the three its own way if the values are others.
+        given = inspect.signature(forward).bind(*args, **kwargs).arguments
+        tokens = [given[name] for name in ("query", "key") if name in given]
+        is_self = are_one_tensor(*tokens) if len(tokens) == 2 else None
+        with _FunctionalCalls(records, is_self):
             return forward(*args, **kwargs)
 
     watched.records = records  # pyright: ignore[reportFunctionMemberAccess]
@@ -133,9 +137,9 @@ def watch_multihead(module: nn.MultiheadAttention, record: Record) -> Iterator[N
 class _FunctionalCalls(TorchFunctionMode):
     """Sees the calls of ``F.multi_head_attention_forward``."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Record], is_self: bool | None) -> None:
         super().__init__()
-        self.records = records
+        self.records, self.is_self = records, is_self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.multi_head_attention_forward:
@@ -161,7 +165,7 @@ class _FunctionalCalls(TorchFunctionMode):
         )
         appended = (call["bias_k"], call["bias_v"])
         key, value = append_positions(key, value, *appended, add_zero_attn=call["add_zero_attn"])
-        is_self = call["query"] is call["key"]
+        is_self = call["query"] is call["key"] if self.is_self is None else self.is_self
         seen = AttentionCall(query, key, value, heads, _settings(call), is_self)
         for record in tuple(self.records):
             record(seen)

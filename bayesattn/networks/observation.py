@@ -7,7 +7,7 @@ is computed anew in the backward pass then does what it did at first.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,6 +42,10 @@ class ObservedCalls:
     def __init__(self, model: nn.Module, caller: str) -> None:
         self._model, self._caller = model, caller
         self._calls: dict[str, list[PlacedCall]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave calls behind: copies and files have no use for activations."""
+        return vars(self) | {"_calls": {}}
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -82,5 +86,8 @@ class ObservedCalls:
             RuntimeError: If there was none.
         """
         if not self._calls:
-            raise RuntimeError(f"{self._caller}.loss() needs a call of the model within observe()")
+            raise RuntimeError(
+                f"{self._caller}.loss() needs a call of the model within observe(): of the very "
+                "model that it was made with, and no copy"
+            )
         return self._calls

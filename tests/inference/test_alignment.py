@@ -416,7 +416,7 @@ def test_training_with_and_without_differs_by_the_term_alone(model, tokens):
     [
         ({"divergence": 3}, "divergence: expected one of bayesattn.divergences, or what makes"),
         ({"divergence": lambda: None}, "divergence: expected one of bayesattn.divergences"),
-        ({"divergence": MMD}, "what makes a module of a number of heads and their width, got MMD"),
+        ({"divergence": MMD}, "divergence: expected an object, such as MMD"),
         ({"weight": -0.1}, "weight: expected a finite number, not negative, got -0.1"),
         ({"weight": lambda step: float("nan")}, "weight: expected a finite number"),
         ({"reduction": "max"}, "reduction: expected 'sum' or 'mean', got 'max'"),
@@ -444,6 +444,77 @@ def test_refuses(settings, message, model):
     settings = {"divergence": Adversarial, **settings}
     with pytest.raises(ValueError, match=message):
         Alignment(model, **settings)
+
+
+class Crossing(nn.Module):
+    """Queries and keys are one tensor with positions added, values are without, as in DETR."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layer = make(EMBED, HEADS, batch_first=True)
+
+    def forward(self, query, key, value, padding):
+        return self.layer(query, key, value, padding, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("make", [nn.MultiheadAttention, MultiheadAttention])
+@pytest.mark.parametrize("way", ["one tensor", "two views"])
+def test_self_attention_with_other_values_leaves_padded_queries_out(make, way, tokens):
+    """Mutant: self-attention only where values are the same tensor too."""
+    model = Crossing(make)
+    padding = torch.arange(TOKENS) >= torch.tensor([[7], [4], [2], [7], [5]])
+    found = []
+    for filling in (0.0, 100.0):
+        query = torch.where(padding[..., None], filling, tokens)
+        key = query if way == "one tensor" else query[:]
+        found.append(aligned(model, energy_distance, query, key, query + 1, padding)[1])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("make", [nn.MultiheadAttention, MultiheadAttention])
+def test_a_mask_of_queries_tells_of_padding_in_attention_to_other_tokens(make, tokens):
+    model = Crossing(make)
+    padding = torch.zeros(BATCH, TOKENS - 1, dtype=torch.bool)
+    real = torch.arange(TOKENS) < torch.tensor([[7], [4], [2], [7], [5]])
+    found = []
+    for filling in (0.0, 100.0):
+        query = torch.where(real[..., None], tokens, filling)
+        alignment = Alignment(model, energy_distance)
+        with alignment.observe(query_mask=real):
+            model(query, tokens[:, 1:], tokens[:, 1:], padding)
+        found.append(alignment.loss())
+    torch.testing.assert_close(*found)
+    _, without = aligned(model, energy_distance, query, tokens[:, 1:], tokens[:, 1:], padding)
+    assert (without - found[0]).abs() > 1e-3
+
+
+def test_what_was_used_is_copied_without_its_calls(model, tokens):
+    """Mutant: calls in copies, which are tensors within a graph."""
+    both = nn.ModuleDict({"model": model, "alignment": Alignment(model, Adversarial)})
+    with both["alignment"].observe():
+        model(tokens)
+    expected = both["alignment"].loss()
+    copied = copy.deepcopy(both)
+    with pytest.raises(RuntimeError, match="of the very model that it was made with"):
+        copied["alignment"].loss()
+    with copied["alignment"].observe():
+        copied["model"](tokens)
+    torch.testing.assert_close(copied["alignment"].loss(), expected)
+
+
+def test_what_learned_for_one_layer_is_not_loaded_for_another(model):
+    state = Alignment(model, Adversarial).state_dict()
+    turned = Alignment(model, Adversarial, layers=["layers.1", "layers.0"])
+    with pytest.raises(ValueError, match=r"expected what learns for \['layers\.1\[0\]'"):
+        turned.load_state_dict(state)
+    with pytest.raises(ValueError, match="state_dict: expected that of an Alignment"):
+        turned.set_extra_state({"foo": 1})
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_weight_that_would_be_learned_is_refused(model):
+    with pytest.raises(ValueError, match="weight: expected a number, or a function of the steps"):
+        Alignment(model, MMD(), nn.Parameter(torch.ones(())))
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -269,7 +269,8 @@ def test_learned_critics_are_refused_and_frozen_ones_are_not(place):
         (Scaled(MMD(unbiased=True)), "divergence: .* unbiased estimate"),
         (functools.partial(energy_distance, unbiased=True), "divergence: .* unbiased estimate"),
         (SlicedWasserstein(seed=torch.Generator()), "divergence: .* draws from a generator"),
-        ("energy", "divergence: expected a callable, got 'energy'"),
+        ("energy", "divergence: expected one of bayesattn.divergences, .* got 'energy'"),
+        (MMD, r"divergence: expected an object, such as MMD\(...\), got the class"),
     ],
 )
 def test_energies_that_are_none_are_refused(divergence, message, unchecked_types):
