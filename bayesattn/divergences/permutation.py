@@ -84,6 +84,10 @@ def permutation_test(
 ) -> PermutationTest:
     """Test whether two clouds are further apart than random splits of their union.
 
+    It takes for granted that all splits are equally likely. Queries and keys of one sentence come
+    in pairs, from the same tokens: clouds that differ by a shift of each pair are then nearer than
+    most splits, and p is near one. It says how rare a split is among those of these very points.
+
     Args:
         query: First cloud.
         key: Second cloud.
