@@ -6,6 +6,13 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.models.attention_mixtures import AttentionMixture, VariancePrior
+from bayesattn.models.component_scales import (
+    AutomaticRelevance,
+    ComponentScales,
+    GammaProcess,
+    Horseshoe,
+    MultiplicativeGamma,
+)
 from bayesattn.models.gibbs_alignment import AlignmentFactor
 from bayesattn.models.hybrid_attention import HybridAttention
 from bayesattn.models.keys_from_queries import KeysFromQueries
@@ -14,22 +21,30 @@ from bayesattn.models.mixing import DirichletMixing, Mixing, NormMixing, Uniform
 from bayesattn.models.pooling import AttentionPooling
 from bayesattn.models.queries_from_keys import QueriesFromKeys
 from bayesattn.models.self_attention import MultiHeadSelfAttention
+from bayesattn.models.shared_components import ComponentScalesAlone, SharedComponents
 
 __all__ = [
     "AlignmentFactor",
     "AttentionMixture",
     "AttentionPooling",
+    "AutomaticRelevance",
     "Bernoulli",
     "Categorical",
+    "ComponentScales",
+    "ComponentScalesAlone",
     "DirichletMixing",
+    "GammaProcess",
+    "Horseshoe",
     "HybridAttention",
     "KeysFromQueries",
     "Likelihood",
     "Mixing",
     "MultiHeadSelfAttention",
+    "MultiplicativeGamma",
     "NormMixing",
     "Normal",
     "QueriesFromKeys",
+    "SharedComponents",
     "UniformMixing",
     "VariancePrior",
 ]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
+from bayesattn.inference.coordinate_ascent import CoordinateAscent
 from bayesattn.inference.em import EM
 from bayesattn.inference.nuts import NUTS
 from bayesattn.inference.posterior import Posterior
@@ -74,6 +75,45 @@ def with_closed_forms(model):
     if callable(model):
         model.log_density, model.m_step = log_density, m_step
         model.e_step = lambda state, features, response=None: None
+    return model
+
+
+def with_mean_field(model):
+    """Give a program what coordinate ascent asks for: a normal law of its readout, all else points.
+
+    Given the hidden activations the program is a linear regression.
+    """
+
+    def regression(state, features):
+        query, key_scale = (state[name].double() for name in ("query_weight", "key_scale"))
+        hidden = torch.tanh(features.double() @ query.mT) * key_scale
+        return hidden, hidden.mT @ hidden / 0.25 + torch.eye(NUM_HEADS).double()
+
+    def law_around(values, features, response=None):
+        return {**values, "covariance": 0.01 * torch.eye(NUM_HEADS).double()}
+
+    def coordinate_step(state, features, response=None):
+        hidden, precision = regression(state, features)
+        covariance = torch.linalg.inv(precision)
+        readout = covariance @ hidden.mT @ response.double() / 0.25
+        return {**state, "readout": readout.to(state["readout"]), "covariance": covariance}
+
+    def laws(state, features, response=None):
+        points = {name: dist.Delta(state[name]) for name in ("query_weight", "key_scale")}
+        normal = dist.MultivariateNormal(state["readout"].double(), state["covariance"])
+        return points | {"readout": normal}
+
+    def elbo(state, features, response=None):
+        means = {n: v.to(features.dtype) for n, v in state.items() if n != "covariance"}
+        told = poutine.condition(model, means)
+        at_means = poutine.trace(told).get_trace(features, response).log_prob_sum().double()
+        curvature = (regression(state, features)[1] * state["covariance"]).sum()
+        entropy = laws(state, features)["readout"].entropy()
+        return at_means - curvature / 2 + entropy
+
+    if callable(model):
+        model.law_around, model.laws = law_around, laws
+        model.elbo, model.coordinate_step = elbo, coordinate_step
     return model
 
 
@@ -155,6 +195,12 @@ ROUTINES = {
         {"num_steps": 7},
         "point",
         1,
+    ),
+    "CoordinateAscent": Row(
+        lambda model, **settings: CoordinateAscent(with_mean_field(model), **settings),
+        {"num_steps": 7, "num_samples": 11},
+        "iid_guide",
+        11,
     ),
 }
 
@@ -328,7 +374,7 @@ def test_bar_shows_name_and_time_left(name, capsys):
     assert type(routine(name)).__name__ in shown
     assert "<" in shown
     figure = dict.fromkeys(("SVGD", "WGD", "SPOS", "SGLD"), "stein norm=") | {"SVI": "elbo="}
-    figure |= {"NUTS": "step size=", "EM": "log density="}
+    figure |= {"NUTS": "step size=", "EM": "log density=", "CoordinateAscent": "elbo="}
     assert figure[type(routine(name)).__name__] in shown
     run(name, progress=False)
     silent = capsys.readouterr()
@@ -357,9 +403,9 @@ def test_an_interrupted_run_returns_what_it_has(name):
     assert posterior.attrs.get("num_steps", posterior.num_draws) < 100
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTINES if name != "EM"])
+@pytest.mark.parametrize("name", [n for n in ROUTINES if n not in ("EM", "CoordinateAscent")])
 def test_a_score_that_fails_is_named(name):
-    """Its value is finite, so that only the score tells; NUTS finds no start, EM takes none."""
+    """Its value is finite, so that only the score tells; NUTS finds no start, EM takes no score."""
 
     def failing(features, response=None):
         readout = network(features, response)
