@@ -6,8 +6,9 @@ if not __name__.startswith("bayesattn."):
     )
 
 from bayesattn.inference.checkpoints import Checkpoint
-from bayesattn.inference.closed_forms import ClosedForms
+from bayesattn.inference.closed_forms import ClosedForms, MeanField
 from bayesattn.inference.comparison import Comparison, compare
+from bayesattn.inference.coordinate_ascent import CoordinateAscent
 from bayesattn.inference.coordinates import Affine, laplace
 from bayesattn.inference.em import EM
 from bayesattn.inference.head_diffusion import SteinDiffusion
@@ -45,9 +46,11 @@ __all__ = [
     "ClosedForms",
     "Comparison",
     "ConvergenceWarning",
+    "CoordinateAscent",
     "DensitySettings",
     "GraphCache",
     "LogDensity",
+    "MeanField",
     "NonFiniteError",
     "Posterior",
     "RecordingError",

@@ -12,29 +12,40 @@ Source:
     JRSS B 39.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
-from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
-from bayesattn.inference.closed_forms import check_closed_forms
-from bayesattn.inference.em_run import EMInfo, EMRun, EMState, rounding, unconstrained_states
-from bayesattn.inference.initialization import Init, initial_values
+from bayesattn.inference.ascent import Ascent
+from bayesattn.inference.ascent_run import AscentState, rounding
+from bayesattn.inference.checkpoints import Checkpoint
+from bayesattn.inference.initialization import Init
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import DensityOptions, Routine, check_count
+from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
-from bayesattn.inference.step_loop import StepLoop
 
-__all__ = ["EM", "EMInfo", "EMState"]
+__all__ = ["EM", "EMInfo"]
 
 
-class EM(Routine):
+class EMInfo(NamedTuple):
+    """What the reader of a run needs of one step; never read back.
+
+    Attributes:
+        log_density: Log joint density before the step, in nats.
+        watched: The same, and the values of all sites.
+    """
+
+    log_density: Float[Tensor, " run"]
+    watched: Watched
+
+
+class EM(Ascent):
     """Expectation maximization on a program with closed forms.
 
     Args:
@@ -47,9 +58,8 @@ class EM(Routine):
         ValueError: If the program lacks a closed form.
     """
 
-    def __init__(self, model: Callable, **density: Unpack[DensityOptions]):
-        super().__init__(model, **density)
-        check_closed_forms(model)
+    forms: ClassVar[tuple[str, ...]] = ("log_density", "e_step", "m_step")
+    objective: ClassVar[str] = "the log joint density"
 
     def run(
         self,
@@ -90,59 +100,66 @@ class EM(Routine):
                 subsampled, or its ``log_density`` is not that of the program.
             NonFiniteError: If values stop being finite; what there was is attached.
         """
-        num_runs = check_count("num_runs", num_runs)
-        if tolerance is not None and not tolerance >= 0:
-            raise ValueError(f"tolerance must not be negative, got {tolerance!r}")
-        saved = Checkpoint.of(checkpoint)
-        loop = StepLoop("EM", num_steps, resumed_seed(seed, saved), progress, check_every)
-        density = self.log_density(*args, **kwargs)
-        if density.program.subsamples:
-            raise ValueError(
-                f"EM needs the full data, but the plates {sorted(density.program.subsamples)} are "
-                "subsampled"
-            )
-        rule = {"tolerance": tolerance, "check_every": tolerance and check_every}
-        loop.save_to(saved, density, num_runs=num_runs, **rule)
-        with loop.random_state(density.device), torch.no_grad():
-            state = self.init(density, num_runs, init, loop.generator)
-            return loop.run(EMRun(self, density, state, tolerance))
+        return self.ascend(
+            args,
+            kwargs,
+            num_steps=num_steps,
+            num_runs=num_runs,
+            tolerance=tolerance,
+            seed=seed,
+            progress=progress,
+            init=init,
+            checkpoint=checkpoint,
+            check_every=check_every,
+        )
 
     def init(
         self, density: LogDensity, num_runs: int, init: Init, generator: torch.Generator
-    ) -> EMState:
+    ) -> AscentState:
         """Place each run.
 
         Raises:
             ValueError: If ``init`` does not fit, or the closed form is not the program's density.
         """
-        start = getattr(self.model, "initial_state", None)
-        given = []
-        if init is None and start is not None:
-            given = [dict(start(*density.args, **density.kwargs))]
-            init = cast("Init", init_to_sample)
-        count = num_runs - len(given)
-        rows = initial_values(density, count, init, generator) if count else None
-        runs = [*given, *([] if rows is None else _states(density.constrain(rows)))]
+        runs = self.starts(density, num_runs, init, generator, cast("Init", init_to_sample))
         self._check_density(density, runs[0])
-        return EMState(tuple(runs))
+        return AscentState(tuple(runs))
 
-    def step(self, state: EMState, *args: Any, **kwargs: Any) -> EMState:
+    def step(self, state: AscentState, *args: Any, **kwargs: Any) -> AscentState:
         """Do one E- and one M-step of each run given the program's arguments."""
         model: Any = self.model
-        return EMState(
+        return AscentState(
             tuple(
                 dict(model.m_step(run, model.e_step(run, *args, **kwargs), *args, **kwargs))
                 for run in state.runs
             )
         )
 
-    def values(self, state: EMState, *args: Any, **kwargs: Any) -> Float[Tensor, " run"]:
+    def values(self, state: AscentState, *args: Any, **kwargs: Any) -> Float[Tensor, " run"]:
         """Log joint density of each run, all independent problems together."""
         model: Any = self.model
         return torch.stack([model.log_density(run, *args, **kwargs).sum() for run in state.runs])
 
+    def info(self, values: Float[Tensor, " run"], watched: Watched) -> EMInfo:
+        """The log joint density before a step, and what is watched."""
+        return EMInfo(values, watched)
+
+    def finished(self, density: LogDensity, state: AscentState, **fields: Any) -> Posterior:
+        """Posterior of the points of a state."""
+        names = [site.name for site in density.sites]
+        unconstrained = _unconstrained(density, state.runs)
+        values = density.value_and_score(unconstrained, is_in_loop=False)[0]
+        return self.posterior(
+            density,
+            {name: torch.stack([run[name] for run in state.runs])[:, None] for name in names},
+            draws_are="point",
+            unconstrained=unconstrained[:, None],
+            sample_stats={"lp": values[:, None]},
+            **fields,
+        )
+
     def _check_density(self, density: LogDensity, run: Mapping[str, Tensor]) -> None:
-        ours = self.values(EMState((dict(run),)), *density.args, **density.kwargs)
+        ours = self.values(AscentState((dict(run),)), *density.args, **density.kwargs)
         theirs = _log_joint(density, [run])
         scale = 1 + theirs.abs() + sum(site.shape.numel() for site in density.sites)
         allowed = scale * rounding(density, ours) ** 0.5
@@ -153,14 +170,16 @@ class EM(Routine):
             )
 
 
-def _states(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Rows of values as one state each."""
-    count = len(next(iter(values.values())))
-    return [{name: value[row] for name, value in values.items()} for row in range(count)]
+def _unconstrained(
+    density: LogDensity, runs: Sequence[Mapping[str, Tensor]]
+) -> Float[Tensor, "run dim"]:
+    """States on the real line."""
+    values = {site.name: torch.stack([run[site.name] for run in runs]) for site in density.sites}
+    return density.unconstrain(values)
 
 
-def _log_joint(density: LogDensity, runs: Any) -> Float[Tensor, " run"]:
+def _log_joint(density: LogDensity, runs: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, " run"]:
     """Log density of constrained values, without Jacobian."""
-    rows = unconstrained_states(density, runs)
+    rows = _unconstrained(density, runs)
     values = density.value_and_score(rows, is_in_loop=False)[0]
     return values - density.log_determinant(rows)
