@@ -135,4 +135,10 @@ def _replaced(
         for name, child in list(parent._modules.items()):
             if child is not None and new.get(id(child), child) is not child:
                 setattr(parent, name, new[id(child)])
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoder) and any(
+            type(module) is MultiheadAttention for module in part.modules()
+        ):
+            # Its shortcut for padded sequences, which are nested tensors, is PyTorch's layers' own.
+            part.use_nested_tensor = False
     return new.get(id(model), model)

@@ -60,6 +60,19 @@ def test_full_width_is_exact_with_padding(encoder, tokens, padding):
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_nested_tensor_reaches_a_converted_layer(seeded_layers, tokens, padding):
+    """PyTorch's encoder makes them by default where it is not trained."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS - 1, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    converted, _ = convert(model, projections=FULL, copy=True)
+    with torch.no_grad():
+        expected = model(tokens, src_key_padding_mask=padding)[~padding]
+        found = converted(tokens, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected)
+    assert model.use_nested_tensor
+
+
 def test_in_place_changes_the_model_itself(encoder, tokens):
     model = encoder()
     expected = model(tokens)
