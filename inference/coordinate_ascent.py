@@ -23,7 +23,6 @@ from torch import Tensor
 from bayesattn.inference.ascent import Ascent
 from bayesattn.inference.ascent_run import AscentState, rounding
 from bayesattn.inference.checkpoints import Checkpoint
-from bayesattn.inference.convergence import run_problems
 from bayesattn.inference.initialization import Init
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
@@ -36,6 +35,8 @@ __all__ = ["CoordinateAscent", "CoordinateInfo"]
 # Draws by which the bound is checked, and standard errors of their mean that it may be off.
 _CHECK_DRAWS = 50
 _ALLOWED_ERRORS = 8
+# Nats between the bounds of runs that found the same; draws may differ in what has no order.
+_SAME_BOUND = 1.0
 
 
 class CoordinateInfo(NamedTuple):
@@ -162,13 +163,13 @@ class CoordinateAscent(Ascent):
         """Posterior of draws from the laws of a state."""
         drawn = [self._drawn(density, run, num_samples) for run in state.runs]
         draws, unconstrained, lp, log_q = (list(part) for part in zip(*drawn, strict=True))
-        rows = torch.stack(unconstrained)
-        fields["attrs"]["problems"] += run_problems(rows, density.site_names)
+        bounds = self.values(state, *density.args, **density.kwargs)
+        fields["attrs"]["problems"] += _disagreement(bounds)
         return self.posterior(
             density,
             {name: torch.stack([values[name] for values in draws]) for name in draws[0]},
             draws_are="iid_guide",
-            unconstrained=rows,
+            unconstrained=torch.stack(unconstrained),
             sample_stats={"lp": torch.stack(lp), "log_q": torch.stack(log_q)},
             **fields,
         )
@@ -198,3 +199,15 @@ class CoordinateAscent(Ascent):
                 f"the program's elbo is {ours:.6g} at the start, but draws from its laws put it at "
                 f"{theirs:.6g} ± {error:.2g}; the two must agree"
             )
+
+
+def _disagreement(bounds: Float[Tensor, " run"]) -> list[str]:
+    """Say in words whether runs ended at different optima; empty if not."""
+    low, high = float(bounds.min()), float(bounds.max())
+    if high - low <= _SAME_BOUND:
+        return []
+    problem = (
+        f"the {len(bounds)} runs disagree: their bounds end between {low:.6g} and {high:.6g} nats, "
+        "so that some found a worse optimum or need more steps"
+    )
+    return [problem]

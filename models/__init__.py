@@ -17,11 +17,12 @@ from bayesattn.models.gibbs_alignment import AlignmentFactor
 from bayesattn.models.hybrid_attention import HybridAttention
 from bayesattn.models.keys_from_queries import KeysFromQueries
 from bayesattn.models.likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from bayesattn.models.marginal_components import ComponentScalesAlone, MarginalComponents
 from bayesattn.models.mixing import DirichletMixing, Mixing, NormMixing, UniformMixing
 from bayesattn.models.pooling import AttentionPooling
 from bayesattn.models.queries_from_keys import QueriesFromKeys
 from bayesattn.models.self_attention import MultiHeadSelfAttention
-from bayesattn.models.shared_components import ComponentScalesAlone, SharedComponents
+from bayesattn.models.shared_components import SharedComponents
 
 __all__ = [
     "AlignmentFactor",
@@ -38,6 +39,7 @@ __all__ = [
     "HybridAttention",
     "KeysFromQueries",
     "Likelihood",
+    "MarginalComponents",
     "Mixing",
     "MultiHeadSelfAttention",
     "MultiplicativeGamma",

@@ -20,12 +20,14 @@ Source:
     by their sides.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from bayesattn.models.component_scales import AutomaticRelevance
@@ -40,6 +42,7 @@ Number = float | int
 SIDES = ("query_component", "key_component", "mixing")
 # First variance of each entry, in units of the mean square of its side.
 _FIRST_VARIANCE = 0.01
+_BISECTIONS = 60
 
 
 class MeanFieldComponents(NamedTuple):
@@ -67,13 +70,12 @@ class MeanFieldComponents(NamedTuple):
             state[name] = mean
             state[f"{name}_covariance"] = variance * torch.eye(len(mean)).to(mean)
         precision = values["precision"].double()
-        state["precision_shape"] = self._posterior_shape().to(precision).expand(precision.shape)
+        count = sum(state[name].shape[1] for name in SIDES)
+        state["precision_shape"] = torch.full_like(precision, self.prior.shape + count / 2)
         state["precision_rate"] = state["precision_shape"] / precision
         return state
 
-    def laws(
-        self, state: Mapping[str, Tensor]
-    ) -> dict[str, MatrixNormal | dist.TorchDistribution]:
+    def laws(self, state: Mapping[str, Tensor]) -> dict[str, TorchDistributionMixin]:
         """Law of each site."""
         sides = {name: MatrixNormal(state[name], state[f"{name}_covariance"]) for name in SIDES}
         return {"precision": dist.Gamma(state["precision_shape"], state["precision_rate"]), **sides}
@@ -83,27 +85,110 @@ class MeanFieldComponents(NamedTuple):
         state = dict(state)
         precision = state["precision_shape"] / state["precision_rate"]
         for name in SIDES:
-            others = [self._second_moment(state, other) for other in SIDES if other != name]
-            inverse = others[0] * others[1] / self.tolerance**2 + precision.diag()
+            first, second = (_second_moment(state, side) for side in SIDES if side != name)
+            inverse = first * second / self.tolerance**2 + precision.diag()
             factor = torch.linalg.cholesky(inverse)
-            gathered = self.products.gathered(name, *(state[side] for side in SIDES))
-            state[name] = torch.cholesky_solve(gathered / self.tolerance**2, factor)
+            seen = self._seen_by(name, state) / self.tolerance**2
+            state[name] = torch.cholesky_solve(seen, factor)
             state[f"{name}_covariance"] = torch.cholesky_inverse(factor)
-        squares = sum(self._second_moment(state, name).diagonal() for name in SIDES)
-        state["precision_rate"] = self.prior.rate + squares / 2
-        return state
+        state["precision_rate"] = self.prior.rate + _squares(state) / 2
+        return self._without_the_needless(self._balanced(state))
 
     def elbo(self, state: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         """Evidence lower bound, in nats."""
-        laws = self.laws(state)
-        moments = [self._second_moment(state, name) for name in SIDES]
-        means = [state[name] for name in SIDES]
-        explained = (
-            2 * (means[2] * self.products.inner_products(means[0], means[1])).sum()
-            - (moments[0] * moments[1] * moments[2]).sum()
-        )
+        query, key, mixing = (_second_moment(state, name) for name in SIDES)
+        agreement = (state["mixing"] * self._seen_by("mixing", state)).sum()
+        explained = 2 * agreement - (query * key * mixing).sum()
+        likelihood = self.products.log_likelihood(explained, self.tolerance)
         shape, rate = state["precision_shape"], state["precision_rate"]
         precision, log_precision = shape / rate, shape.digamma() - rate.log()
-        squares = sum(moment.diagonal() for moment in moments)
-        constant = self._width() * torch.pi_like(precision) if False else None
-        raise NotImplementedError(constant, laws, log_precision, squares, explained)
+        count = sum(state[name].shape[1] for name in SIDES)
+        sides = count * (log_precision - math.log(2 * math.pi)) - precision * _squares(state)
+        entropy = sum(law.entropy().sum() for law in self.laws(state).values())
+        return (
+            likelihood + sides.sum() / 2 + self._expected_prior(precision, log_precision) + entropy
+        )
+
+    def _balanced(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        r"""Rescale the sides of each component, at no change of their product, where it is best.
+
+        At scales :math:`v_i` with product one the bound changes by
+        :math:`\sum_i n_i \log v_i - \lambda v_i^2 S_i / 2`, n entries of mean squared norm S.
+        """
+        counts = torch.tensor([float(state[name].shape[1]) for name in SIDES]).to(state[SIDES[0]])
+        squares = torch.stack([_second_moment(state, name).diagonal() for name in SIDES], -1)
+        weighed = squares * (state["precision_shape"] / state["precision_rate"])[:, None]
+        # The root of a function that rises, between where it is negative and where it is positive.
+        low = -counts.min().expand(len(weighed))
+        high = weighed.amax(-1)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_below = ((counts + middle[:, None]) / weighed).log().sum(-1) < 0
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+        scales = ((counts + high[:, None]) / weighed).sqrt()
+        scales = scales / scales.log().mean(-1, keepdim=True).exp()
+        return state | _rescaled(state, dict(zip(SIDES, scales.unbind(-1), strict=True)))
+
+    def _without_the_needless(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        r"""Shrink components, one after the other, where that raises the bound.
+
+        If the sides of a component are scaled by :math:`v` and its precision by :math:`v^{-2}`, the
+        bound changes by a parabola in :math:`v^3` and by
+        :math:`-2 c \log v - d \lambda (v^{-2} - 1)`, c and d the prior's shape and rate. What
+        nothing needs would come to the latter's maximum in steps of :math:`2 c` over the number of
+        a component's entries, which are small.
+        """
+        query, key, mixing = (_second_moment(state, name) for name in SIDES)
+        gram = query * key * mixing / self.tolerance**2
+        seen = (state["mixing"] * self._seen_by("mixing", state)).sum(1) / self.tolerance**2
+        precision = state["precision_shape"] / state["precision_rate"]
+        least = (self.prior.rate * precision / self.prior.shape).sqrt()
+        gained = -2 * self.prior.shape * least.log() - self.prior.rate * precision * (least**-2 - 1)
+        volumes, shrunk = torch.ones_like(least), least**3
+        for place in range(len(least)):
+            change = shrunk[place] - 1
+            slope = seen[place] - gram[place] @ volumes
+            lost = change * slope - change**2 * gram[place, place] / 2
+            volumes[place] = torch.where(lost + gained[place] > 0, shrunk[place], 1.0)
+        scale = volumes ** (1 / 3)
+        rates = {"precision_rate": state["precision_rate"] * scale**2}
+        return state | rates | _rescaled(state, dict.fromkeys(SIDES, scale))
+
+    def _expected_prior(
+        self, precision: Float[Tensor, " component"], log_precision: Float[Tensor, " component"]
+    ) -> Float[Tensor, ""]:
+        """Mean of the log prior density of the precisions."""
+        shape, rate = self.prior.shape, self.prior.rate
+        constant = shape * math.log(rate) - math.lgamma(shape)
+        return (constant + (shape - 1) * log_precision - rate * precision).sum()
+
+    def _seen_by(self, name: str, state: Mapping[str, Tensor]) -> Float[Tensor, "component size"]:
+        """Products of the heads with the two other sides' means."""
+        query, key, mixing = (state[side] for side in SIDES)
+        if name == "query_component":
+            return self.products.query_products(key, mixing)
+        if name == "key_component":
+            return self.products.key_products(query, mixing)
+        return self.products.inner_products(query, key)
+
+
+def _rescaled(
+    state: Mapping[str, Tensor], scales: Mapping[str, Float[Tensor, " component"]]
+) -> dict[str, Tensor]:
+    """Laws of sides whose rows are scaled."""
+    found = {}
+    for name, scale in scales.items():
+        found[name] = scale[:, None] * state[name]
+        found[f"{name}_covariance"] = scale[:, None] * state[f"{name}_covariance"] * scale
+    return found
+
+
+def _second_moment(state: Mapping[str, Tensor], name: str) -> Float[Tensor, "component component"]:
+    """Mean inner products of the rows of a side."""
+    mean = state[name]
+    return mean @ mean.mT + mean.shape[1] * state[f"{name}_covariance"]
+
+
+def _squares(state: Mapping[str, Tensor]) -> Float[Tensor, " component"]:
+    """Mean squared norm of a component's three rows together."""
+    return torch.stack([_second_moment(state, name).diagonal() for name in SIDES]).sum(0)

@@ -21,10 +21,12 @@ class ScaledProducts(NamedTuple):
     Attributes:
         query: Weights of queries.
         key: Weights of keys.
+        unit: The root mean square.
     """
 
     query: Float[Tensor, "head dim query_feature"]
     key: Float[Tensor, "head dim key_feature"]
+    unit: Float[Tensor, ""]
 
     @property
     def num_entries(self) -> int:
@@ -38,6 +40,35 @@ class ScaledProducts(NamedTuple):
     ) -> Float[Tensor, "component head"]:
         """Of each component with each head's product."""
         return ((self.query @ query.mT) * (self.key @ key.mT)).sum(-2).mT
+
+    def query_products(
+        self,
+        key: Float[Tensor, "component key_feature"],
+        mixing: Float[Tensor, "component head"],
+    ) -> Float[Tensor, "component query_feature"]:
+        """Of each component's key side with all heads' products, mixed."""
+        return ((mixing.mT[..., None] * (key @ self.key.mT)) @ self.query).sum(0)
+
+    def key_products(
+        self,
+        query: Float[Tensor, "component query_feature"],
+        mixing: Float[Tensor, "component head"],
+    ) -> Float[Tensor, "component key_feature"]:
+        """Of each component's query side with all heads' products, mixed."""
+        return ((mixing.mT[..., None] * (query @ self.query.mT)) @ self.key).sum(0)
+
+    def logits(
+        self,
+        query: Float[Tensor, "component query_feature"],
+        key: Float[Tensor, "component key_feature"],
+        mixing: Float[Tensor, "component head"],
+        query_tokens: Float[Tensor, "query query_feature"],
+        key_tokens: Float[Tensor, "key key_feature"],
+    ) -> Float[Tensor, "head query key"]:
+        """Of attention by components, scaled by the width that each head had, not the new one."""
+        scale = self.unit * self.query.shape[1] ** -0.5
+        mixed = (query_tokens @ query.mT) * mixing.mT[:, None]
+        return scale * (mixed @ (key_tokens @ key.mT).mT)
 
     def log_likelihood(self, explained: Float[Tensor, ""], tolerance: Number) -> Float[Tensor, ""]:
         """Log density, in nats, of the products around an approximation.
@@ -69,5 +100,6 @@ def scaled_products(
         )
     square = ((query_weight @ query_weight.mT) * (key_weight @ key_weight.mT)).sum()
     entries = query_weight.shape[0] * query_weight.shape[-1] * key_weight.shape[-1]
-    root = (square / entries).sqrt().sqrt()
-    return ScaledProducts(query_weight / root, key_weight / root)
+    unit = (square / entries).sqrt()
+    root = unit.sqrt()
+    return ScaledProducts(query_weight / root, key_weight / root, unit)

@@ -27,7 +27,7 @@ class MatrixNormal(TorchDistribution):
         "loc": constraints.independent(constraints.real, 2),
         "row_covariance": constraints.positive_definite,
     }
-    support = constraints.independent(constraints.real, 2)
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
     has_rsample = True
 
     def __init__(
@@ -49,10 +49,6 @@ class MatrixNormal(TorchDistribution):
     def variance(self) -> Float[Tensor, "row column"]:
         """Of each entry."""
         return self.row_covariance.diagonal()[:, None].expand(self.loc.shape)
-
-    def row_second_moment(self) -> Float[Tensor, "row row"]:
-        r"""Mean of :math:`X X^\top`."""
-        return self.loc @ self.loc.mT + self.loc.shape[1] * self.row_covariance
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Draw matrices, in leading axes of a shape."""
