@@ -61,7 +61,7 @@ class AscentRun:
         tolerance: Number | None,
         settings: Mapping[str, Any],
     ):
-        self.routine, self.density, self.state = routine, density, state
+        self.routine, self.density, self.state = routine, density, _laid_out(state)
         self.tolerance, self.settings = tolerance, settings
         self.sizes = {name: value.numel() for name, value in state.runs[0].items()}
         self.dim, self.device = sum(self.sizes.values()), density.device
@@ -71,7 +71,8 @@ class AscentRun:
         """Note the objective, and move."""
         self.latest = self._values()
         info = self.routine.info(self.latest, self._watched(self.latest))
-        self.state = self.routine.step(self.state, *self.density.args, **self.density.kwargs)
+        moved = self.routine.step(self.state, *self.density.args, **self.density.kwargs)
+        self.state = _laid_out(moved)
         return info
 
     def evaluate(self) -> Watched:
@@ -134,6 +135,13 @@ class AscentRun:
     def _watched(self, values: Float[Tensor, " run"]) -> Watched:
         rows = [torch.cat([run[name].flatten() for name in self.sizes]) for run in self.state.runs]
         return Watched.of(values, torch.stack(rows))
+
+
+def _laid_out(state: AscentState) -> AscentState:
+    """The same in one layout of memory, as it comes from a file, so that all rounding is equal."""
+    return AscentState(
+        tuple({name: value.contiguous() for name, value in run.items()} for run in state.runs)
+    )
 
 
 def rounding(density: LogDensity, values: Float[Tensor, "..."]) -> float:
