@@ -87,6 +87,10 @@ class AlignmentFactor:
             prefix: Of the names of both sites, for one factor of several in a program.
         """
         divergences = self.note(query, key, query_mask, key_mask, prefix=prefix)
+        if isinstance(self.weight, Tensor) and self.weight.ndim:
+            expected, got = divergences.shape[-1], self.weight.shape[0]
+            if got != expected:
+                raise ValueError(f"weight: expected one a head, {expected}, got {got}")
         weight = self.weight.to(divergences) if isinstance(self.weight, Tensor) else self.weight
         pyro.factor(f"{prefix}alignment", -(weight * divergences).sum(-1))
 
@@ -131,6 +135,12 @@ def _refuse_energy_that_moves(divergence: Divergence) -> None:
                 "call; give it a whole number as seed"
             )
         named = part if isinstance(part, dict) else getattr(part, "__dict__", {})
+        if named.get("debiased") is True:
+            raise ValueError(
+                "divergence: expected one that is never negative, got debiased conditional "
+                "transport, which is lowest where points gather in clusters; use debiased=False, "
+                "or SinkhornDivergence"
+            )
         if named.get("unbiased") is True:
             raise ValueError(
                 "divergence: expected one that is never negative, got an unbiased estimate, which "
@@ -160,8 +170,13 @@ def _held(value: Any) -> list[Any]:
     if isinstance(value, MethodType):
         return [value.__self__]
     if isinstance(value, FunctionType):
-        return [value.__kwdefaults__, *(cell.cell_contents for cell in value.__closure__ or ())]
-    return list(getattr(value, "__dict__", {}).values())
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        found = [value.__globals__.get(name) for name in value.__code__.co_names]
+        named = [one for one in found if isinstance(one, nn.Module | Tensor | torch.Generator)]
+        return [value.__kwdefaults__, value.__defaults__, *cells, *named]
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    held = [getattr(value, name, None) for name in slots]
+    return [*held, *getattr(value, "__dict__", {}).values()]
 
 
 def _check_weight(weight: Any) -> None:

@@ -12,8 +12,9 @@ At finite temperature CT(p, p) is positive, and its gradient rescales the cloud.
 
 .. math:: \mathrm{CT}(p, q) - \tfrac12 \mathrm{CT}(p, p) - \tfrac12 \mathrm{CT}(q, q),
 
-zero at equality, and at high temperature the squared distance of the means of what costs compare;
-with a navigator it may fall a little below zero.
+zero at equality, and at high temperature the squared distance of the means of what costs compare.
+It is no metric: at low temperature it is negative where points gather in clusters that the plans of
+a cloud with itself mix, and descent ends there; the Sinkhorn divergence has no such end.
 
 Source:
     Zheng and Zhou (2021), Exploiting chain rule and Bayes' theorem to compare probability
@@ -74,7 +75,7 @@ def conditional_transport(
             chooses by size.
 
     Returns:
-        In float32 or wider; not negative.
+        In float32 or wider; not negative, unless debiased.
 
     Raises:
         ValueError: As :func:`~bayesattn.divergences.weighted_clouds` does, or for an unknown cost

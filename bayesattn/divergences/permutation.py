@@ -55,7 +55,8 @@ class PermutationTest(NamedTuple):
 
         NaN where the statistic is.
         """
-        as_large = (self.null >= self.statistic).sum(0)
+        # A split that has none counts as larger, lest p be too small.
+        as_large = (~(self.null < self.statistic)).sum(0)
         part = (1 + as_large).to(self.null.dtype) / (1 + len(self.null))
         return torch.where(self.statistic.isnan(), torch.nan, part)
 

@@ -137,6 +137,16 @@ def test_debiased_is_zero_at_equality_and_plain_is_not(generator):
         assert plain(query, query, mask, mask).min() > 1e-3
 
 
+@pytest.mark.parametrize("route", ["dense", "fused"])
+def test_debiased_is_no_metric(route):
+    """Negative for three points of two clusters, where random clouds never are."""
+    x = torch.tensor([[0.1], [2.0], [2.0]])
+    y = torch.tensor([[0.0], [0.2], [2.0]])
+    settings = {"cost": "squared", "temperature": 0.1, "debiased": True, "route": route}
+    found = conditional_transport(x, y, **settings)
+    torch.testing.assert_close(found, torch.tensor(-3.508e-4), rtol=1e-3, atol=0.0)
+
+
 def test_plain_rescales_a_cloud_beside_itself_and_debiased_does_not(generator):
     query = torch.randn(9, DIM, generator=generator)
     slopes = []

@@ -197,6 +197,7 @@ def test_single_precision_tells_clouds_apart(generator):
 def test_no_number_is_no_evidence():
     """Mutant: comparisons with NaN, all False, would make p the least there is."""
     assert PermutationTest(torch.tensor(torch.nan), torch.ones(9)).p_value.isnan()
+    assert PermutationTest(torch.tensor(1.0), torch.full((9,), torch.nan)).p_value == 1
     query = torch.tensor([[torch.nan, 0.0], [0.0, 1.0]])
     assert permutation_test(query, torch.ones(2, 2)).p_value.isnan()
 

@@ -241,10 +241,31 @@ def test_every_routine_runs_with_it(name, routine, generator):
     assert found.isfinite().all()
 
 
+def with_default(critic):
+    def divergence(query, key, query_mask=None, key_mask=None, weights=None, net=critic):
+        return net(query, key, query_mask, key_mask, weights)
+
+    return divergence
+
+
+class Slotted:
+    """A divergence without a dictionary of attributes."""
+
+    __slots__ = ("critic",)
+
+    def __init__(self, critic):
+        self.critic = critic
+
+    def __call__(self, *clouds):
+        return self.critic(*clouds)
+
+
 HIDING_PLACES = {
     "module": lambda critic: critic,
     "field": Scaled,
     "list": lambda critic: Scaled([{"inside": critic}]),
+    "default": with_default,
+    "slot": Slotted,
     "partial": lambda critic: functools.partial(Scaled(Energy()), critic=critic),
     "closure": lambda critic: lambda *clouds: critic(*clouds),
     "method": lambda critic: critic.forward,
@@ -266,6 +287,7 @@ def test_learned_critics_are_refused_and_frozen_ones_are_not(place):
     ("divergence", "message"),
     [
         (Energy(unbiased=True), "divergence: .* unbiased estimate"),
+        (ConditionalTransport(debiased=True), "divergence: .* debiased conditional transport"),
         (Scaled(MMD(unbiased=True)), "divergence: .* unbiased estimate"),
         (functools.partial(energy_distance, unbiased=True), "divergence: .* unbiased estimate"),
         (SlicedWasserstein(seed=torch.Generator()), "divergence: .* draws from a generator"),
@@ -295,6 +317,16 @@ def test_energies_that_are_none_are_refused(divergence, message, unchecked_types
 def test_weights_are_refused(weight, message, unchecked_types):
     with pytest.raises(ValueError, match=message):
         AlignmentFactor(Energy(), weight)
+
+
+def test_one_weight_a_head_and_no_other_number(generator):
+    data = make_data(generator, "bernoulli", num_sentences=5)
+    model = aligned(Energy(), torch.ones(NUM_HEADS + 1), likelihood="bernoulli")
+    with (
+        torch.random.fork_rng(),
+        pytest.raises(ValueError, match="weight: expected one a head, "),
+    ):
+        poutine.trace(model).get_trace(*data)
 
 
 def with_weight(draw_weight):
