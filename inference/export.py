@@ -83,7 +83,7 @@ def known_dims(
     labels = _labels(posterior, program, dims)
     is_heads = posterior.draws_are == "heads"
     variables = {
-        **labels.variables(posterior.sample_stats, SAMPLES),
+        **labels.variables(posterior.sample_stats, SAMPLES, are_statistics=True),
         **labels.variables(posterior.point_estimates, ("chain",)),
         **labels.variables(posterior.draws, SAMPLES, are_slices=is_heads),
     }
@@ -163,7 +163,9 @@ def _draw_groups(
 
 
 def _figure_groups(posterior: Posterior, labels: Labels) -> Groups:
-    groups: Groups = {"sample_stats": labels.variables(posterior.sample_stats, SAMPLES)}
+    groups: Groups = {
+        "sample_stats": labels.variables(posterior.sample_stats, SAMPLES, are_statistics=True)
+    }
     if posterior.unconstrained is not None:
         position = ((*SAMPLES, "coordinate"), array(posterior.unconstrained))
         groups["unconstrained_posterior"] = {"position": position}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesattn.inference.axis_names import AxisNames
+from bayesattn.inference.axis_names import AxisNames, placeholder
 from bayesattn.inference.sites import Site
 
 __all__ = ["Labels", "array", "variable_name"]
@@ -26,6 +26,7 @@ class Labels(NamedTuple):
         *,
         are_densities: bool = False,
         are_slices: bool = False,
+        are_statistics: bool = False,
     ) -> dict[str, tuple[Sequence[str], np.ndarray]]:
         """Name all axes.
 
@@ -34,12 +35,15 @@ class Labels(NamedTuple):
             lead: Names of the first axes.
             are_densities: Whether event axes are summed.
             are_slices: Whether the axis of the heads' plate became the draw axis.
+            are_statistics: Whether these are a routine's, of which one may have a site's name.
         """
         result = {}
         for name, value in values.items():
             shape = tuple(value.shape[len(lead) :])
             site = self.sites.get(name)
-            if are_densities and site is not None and len(shape) == len(site.batch_shape):
+            if are_statistics and site is not None:
+                labels = tuple(placeholder(name, axis) for axis in range(len(shape)))
+            elif are_densities and site is not None and len(shape) == len(site.batch_shape):
                 labels = self.names.of(name, site.shape, site.axis_names)[: len(shape)]
             else:
                 plates = [] if site is None else _fitting(site, shape, self.names, are_slices)

@@ -96,6 +96,20 @@ def test_statistics_fit_together():
 
 
 @short
+def test_a_site_may_have_the_name_of_a_statistic():
+    """Names of its axes are not those of the statistic, which has none."""
+
+    def model():
+        x = pyro.sample("x", dist.MultivariateNormal(MEAN, COVARIANCE))
+        pyro.deterministic("energy", x.square())
+
+    model.dims = {"energy": ["component"]}
+    exported = run(NUTS(model), warmup_steps=5, num_samples=5).to_arviz()
+    assert exported.posterior["energy"].dims == ("chain", "draw", "component")
+    assert exported.sample_stats["energy"].dims == ("chain", "draw")
+
+
+@short
 def test_trees_end_at_the_largest_depth():
     stats = run(NUTS(gaussian, max_tree_depth=1), warmup_steps=0).sample_stats
     assert (stats["tree_depth"] == 1).all()
