@@ -70,8 +70,8 @@ class HeadProducts:
         return rows.unflatten(1, (self.num_heads, -1))
 
     def squared_norms(self) -> Float[Tensor, "layer head"]:
-        """Squared Frobenius norm of each head's product."""
-        query, key = self.by_head(self.query), self.by_head(self.key)
+        """Squared Frobenius norm of each head's product, in float64."""
+        query, key = self.by_head(self.query.double()), self.by_head(self.key.double())
         return ((query @ query.mT) * (key @ key.mT)).sum((-2, -1))
 
     def inner_products(self, factors: Factors) -> Float[Tensor, "layer head component"]:

@@ -14,14 +14,14 @@ Source:
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from bayesattn.alternating_least_squares import Factors, HeadProducts, fitted_mixing
+from bayesattn.factor_errors import unfolding_grams
 from bayesattn.head_decomposition import head_factors
 
-__all__ = ["START_NAMES", "start_factors", "unfolding_spectra"]
+__all__ = ["START_NAMES", "start_factors"]
 
 START_NAMES = ("heads", "algebraic", "random")
 # Random mixtures that the algebraic start tries; it takes the best conditioned.
@@ -33,27 +33,15 @@ _NO_RANK = 1e-13
 def start_factors(
     name: str, products: HeadProducts, width: int, generator: torch.Generator
 ) -> Factors | None:
-    """Return a start of a name, or None where there is none of this width."""
+    """Return a start of a name, or None where there is none of this width.
+
+    Chance is the same for all layers, so that a layer's start is the same alone and in a batch.
+    """
     if name == "heads":
         return _heads_apart(products, width)
     if name == "random":
         return _random(products, width, generator)
     return _algebraic(products, width, generator)
-
-
-def unfolding_spectra(
-    products: HeadProducts,
-) -> tuple[Float[Tensor, "layer query_feature"], Float[Tensor, "layer key_feature"]]:
-    """Squared singular values of the products beside and below each other, smallest first."""
-    return tuple(torch.linalg.eigvalsh(gram) for gram in _unfolding_grams(products))  # type: ignore[return-value]
-
-
-def _unfolding_grams(products: HeadProducts) -> tuple[Tensor, Tensor]:
-    query, key = products.by_head(products.query.double()), products.by_head(products.key.double())
-    return (
-        (query.mT @ ((key @ key.mT) @ query)).sum(1),
-        (key.mT @ ((query @ query.mT) @ key)).sum(1),
-    )
 
 
 def _heads_apart(products: HeadProducts, width: int) -> Factors:
@@ -74,7 +62,9 @@ def _heads_apart(products: HeadProducts, width: int) -> Factors:
 
 def _random(products: HeadProducts, width: int, generator: torch.Generator) -> Factors:
     rows = [
-        torch.randn(len(side), width, side.shape[-1], generator=generator, dtype=torch.float64)
+        torch.randn(width, side.shape[-1], generator=generator, dtype=torch.float64).expand(
+            len(side), -1, -1
+        )
         for side in (products.query, products.key)
     ]
     mixing = products.query.new_zeros(len(products.query), products.num_heads, width)
@@ -86,7 +76,10 @@ def _random(products: HeadProducts, width: int, generator: torch.Generator) -> F
 def _algebraic(products: HeadProducts, width: int, generator: torch.Generator) -> Factors | None:
     if width > min(products.query.shape[-1], products.key.shape[-1]):
         return None
-    spectra = [torch.linalg.eigh(gram) for gram in _unfolding_grams(products)]
+    spectra = [torch.linalg.eigh(gram) for gram in unfolding_grams(products)]
+    shares = torch.randn(
+        _NUM_MIXTURES + 1, products.num_heads, generator=generator, dtype=torch.float64
+    )
     rows: list[tuple[Tensor, Tensor]] = []
     for layer in range(len(products.query)):
         bases = [vectors[layer] for _, vectors in spectra]
@@ -96,7 +89,7 @@ def _algebraic(products: HeadProducts, width: int, generator: torch.Generator) -
             side[layer].double().unflatten(0, (products.num_heads, -1)) @ basis[:, -rank:]
             for side, basis in zip((products.query, products.key), bases, strict=True)
         )
-        own, other = _common_vectors(query, key, generator)
+        own, other = _common_vectors(query, key, shares)
         rows.append((bases[0][:, -rank:] @ own, bases[1][:, -rank:] @ other))
     padded = [
         torch.stack([pad(row.mT, (0, 0, 0, width - row.shape[1])) for row in side])
@@ -111,19 +104,18 @@ def _rank(squares: Tensor) -> int:
     return int((squares > squares[-1].clamp(min=0) * _NO_RANK).sum())
 
 
-def _common_vectors(
-    query: Tensor, key: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _common_vectors(query: Tensor, key: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors, as columns, on which all heads' products on their subspaces are diagonal."""
-    shares = torch.randn(_NUM_MIXTURES + 1, len(query), generator=generator, dtype=torch.float64)
+    # On the CPU, whose least squares take matrices of any rank; they are as small as the width.
     first, *others = (
-        ((share[:, None, None] * query).mT @ key).sum(0) for share in shares.to(query.device)
+        ((share[:, None, None] * query).mT @ key).sum(0).cpu() for share in shares.to(query.device)
     )
     spectra = [torch.linalg.svdvals(other) for other in others]
     best = max(range(len(others)), key=lambda i: float(spectra[i][-1] / spectra[i][0]))
     pencil = torch.linalg.lstsq(others[best].mT, first.mT).solution.mT
     own = _real_basis(*torch.linalg.eig(pencil))
-    return own, torch.linalg.lstsq(own, others[best]).solution.mT
+    other = torch.linalg.lstsq(own, others[best]).solution.mT
+    return own.to(query.device), other.to(query.device)
 
 
 def _real_basis(values: Tensor, vectors: Tensor) -> Tensor:

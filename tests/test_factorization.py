@@ -255,6 +255,69 @@ def test_nested_widths(heads):
         found.truncated(9)
 
 
+def test_nested_errors_are_those_of_truncations(heads):
+    query, key = heads(2)
+    found = factorize(query, key, 8, num_iterations=5)
+    exact = dense(query, key)
+    for width in range(1, 9):
+        error = norm(rebuilt(found.truncated(width)) - exact) / norm(exact)
+        torch.testing.assert_close(found.nested_errors[:, width - 1], error)
+
+
+def test_head_weights_are_heads_side_by_side_that_compute_the_same(heads):
+    found = factorize(*heads(2), 4, num_iterations=5)
+    query, key = found.head_weights()
+    assert query.shape == (2, HEADS, 4, QUERY)
+    torch.testing.assert_close(dense(query, key), rebuilt(found))
+
+
+def test_more_restarts_are_no_worse(heads):
+    query, key = heads(3)
+    settings = {"start": "random", "num_iterations": 10, "tolerance": 0}
+    one = factorize(query, key, 6, **settings)
+    many = factorize(query, key, 6, num_restarts=6, **settings)
+    assert (many.relative_error <= one.relative_error).all()
+    assert (many.relative_error < one.relative_error).any()
+
+
+def test_a_layers_start_by_chance_is_the_same_alone_and_in_a_batch(heads):
+    query, key = heads(2)
+    for start in ("random", "algebraic"):
+        settings = {"start": start, "num_iterations": 2, "tolerance": 0}
+        batch = factorize(query, key, 6, **settings)
+        alone = factorize(query[1], key[1], 6, **settings)
+        torch.testing.assert_close(rebuilt(batch.layer(1)), rebuilt(alone), rtol=1e-6, atol=1e-8)
+
+
+def test_errors_do_not_hang_on_the_scale_of_weights(heads):
+    """Of layers far apart in one batch, where products of squares would leave float32."""
+    query, key = heads()
+    scales = torch.tensor([1e-12, 1.0, 1e12])[:, None, None, None]
+    sides = (scales * query).float(), (scales * key).float()
+    found = factorize(*sides, 6, num_iterations=5, tolerance=0)
+    torch.testing.assert_close(
+        found.relative_error, found.relative_error[1].expand(3), rtol=1e-4, atol=0
+    )
+    assert rebuilt(found).isfinite().all()
+
+
+def test_moments_of_one_layer_or_each(heads, generator):
+    query, key = heads(2)
+    tokens = torch.randn(2, 40, QUERY, generator=generator)
+    moments = tokens.mT @ tokens
+    settings = {"num_iterations": 4, "tolerance": 0}
+    each = factorize(query, key, 5, query_moment=moments, **settings)
+    for place in range(2):
+        alone = factorize(query[place], key[place], 5, query_moment=moments[place], **settings)
+        torch.testing.assert_close(each.relative_error[place], alone.relative_error)
+    all_alike = factorize(query, key, 5, query_moment=moments[0], **settings)
+    torch.testing.assert_close(all_alike.relative_error[0], each.relative_error[0])
+    with pytest.raises(ValueError, match=r"query_moment: expected 11 x 11, of one layer or \(2,\)"):
+        factorize(query, key, 5, query_moment=moments[:, None], **settings)
+    with pytest.raises(ValueError, match="query_moment: expected no negative eigenvalue, got -1"):
+        factorize(query, key, 5, query_moment=-torch.eye(QUERY), **settings)
+
+
 def test_moments_weigh_errors_as_they_move_logits(heads, generator):
     query, key = heads()
     asking = torch.randn(500, QUERY, generator=generator) * torch.linspace(2, 0, QUERY).exp()
@@ -353,6 +416,7 @@ def test_weights_of_zeros_and_single_entries(heads):
             {"start": "svd"},
             "start: expected one of 'heads', 'algebraic', 'random', 'best', got 'svd'",
         ),
+        ({"num_restarts": 0}, "num_restarts: expected at least 1, got 0"),
         ({"num_iterations": -1}, "num_iterations: expected none or more, got -1"),
         ({"width": 12, "start": "algebraic"}, "needs a width of at most the number of features 11"),
         ({"query_moment": torch.eye(3)}, "query_moment: expected 11 x 11, got shape"),

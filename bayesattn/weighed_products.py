@@ -1,0 +1,133 @@
+r"""Products of heads as tokens feel them, at unit scale, and the way back from their factors.
+
+.. math:: T_h = C_Q^{1/2}\, W_{Q,h}^\top W_{K,h}\, C_K^{1/2}
+
+With second moments :math:`C` of what asks and what is asked, a squared norm of an error is the mean
+square by which it moves the logits of such tokens, asking and asked independently.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bayesattn.alternating_least_squares import Factors, HeadProducts
+
+__all__ = ["WeighedProducts", "weighed_products"]
+
+# Of a second moment's mean eigenvalue; directions that no token takes weigh this much.
+_LEAST_MOMENT = 1e-6
+# Of the largest entry or eigenvalue, what rounding may make of symmetry and of zero.
+_ROUNDING = 1e-4
+
+
+class WeighedProducts(NamedTuple):
+    """Products of heads, weighed and scaled.
+
+    Attributes:
+        products: Of a batch of layers, each side's largest entry one; in the weights' type, at
+            least float32.
+        inverse_roots: By which queries and keys are unweighed; None where they are not weighed.
+        scales: What the products of each layer are to be multiplied by.
+    """
+
+    products: HeadProducts
+    inverse_roots: tuple[Tensor | None, Tensor | None]
+    scales: Float[Tensor, " layer"]
+
+    def unweighed(self, factors: Factors) -> Factors:
+        """Factors of the weights' products, at unit scale, from those of these; in float64."""
+        query, mixing, key = (part.double() for part in factors)
+        query, key = (
+            rows if root is None else rows @ root
+            for rows, root in zip((query, key), self.inverse_roots, strict=True)
+        )
+        return Factors(query, mixing, key)
+
+    def rescaled(self, factors: Factors) -> Factors:
+        """Factors at the weights' own scale, which queries and keys bear alike."""
+        root = self.scales.sqrt()[:, None, None]
+        return Factors(factors.query * root, factors.mixing, factors.key * root)
+
+
+def weighed_products(
+    query_weight: Float[Tensor, "..."],
+    key_weight: Float[Tensor, "..."],
+    query_moment: Float[Tensor, "..."] | None = None,
+    key_moment: Float[Tensor, "..."] | None = None,
+) -> WeighedProducts:
+    """Check weights and second moments, and bring them together.
+
+    Args:
+        query_weight: "*layer head dim query_feature".
+        key_weight: "*layer head dim key_feature".
+        query_moment: "*#layer query_feature query_feature".
+        key_moment: "*#layer key_feature key_feature".
+
+    Raises:
+        ValueError: If shapes do not fit, something is not finite, or a moment is none.
+    """
+    _check(query_weight, key_weight)
+    batch = query_weight.shape[:-3]
+    dtype = torch.promote_types(query_weight.dtype, torch.float32)
+    sides, inverses, scale = [], [], 1.0
+    for name, weight, moment in (
+        ("query_moment", query_weight, query_moment),
+        ("key_moment", key_weight, key_moment),
+    ):
+        side = weight.detach().double().reshape(-1, *weight.shape[-3:])
+        inverse = None
+        if moment is not None:
+            root, inverse = _roots(name, moment, weight.shape[-1], batch)
+            side = side @ root[:, None]
+        largest = side.abs().amax((1, 2, 3))
+        largest = torch.where(largest > 0, largest, 1.0)
+        sides.append((side / largest[:, None, None, None]).to(dtype))
+        inverses.append(inverse)
+        scale = scale * largest
+    return WeighedProducts(HeadProducts(*sides), tuple(inverses), scale)  # type: ignore[arg-type]
+
+
+def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Symmetric roots of second moments, one for each layer, and their inverses."""
+    layers = moment.shape[:-2]
+    given = (1,) * (len(batch) - len(layers)) + tuple(layers)
+    fits = len(given) == len(batch) and all(
+        have in (1, want) for have, want in zip(given, batch, strict=True)
+    )
+    if moment.ndim < 2 or moment.shape[-2:] != (size, size) or not fits:
+        of_layers = f", of one layer or {tuple(batch)}" if batch else ""
+        raise ValueError(
+            f"{name}: expected {size} x {size}{of_layers}, got shape {tuple(moment.shape)}"
+        )
+    if not bool(moment.isfinite().all()):
+        raise ValueError(f"{name}: expected finite values, got some that are not")
+    wide = moment.detach().double()
+    if not torch.allclose(wide, wide.mT, rtol=0, atol=_ROUNDING * float(wide.abs().max())):
+        raise ValueError(f"{name}: expected a symmetric matrix, got one that is not")
+    values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    if bool((values[..., 0] < -_ROUNDING * values.abs().amax(-1)).any()):
+        raise ValueError(f"{name}: expected no negative eigenvalue, got {float(values.min()):.3g}")
+    # A moment of zeros weighs all directions alike.
+    tiny = torch.finfo(values.dtype).tiny
+    least = (_LEAST_MOMENT * values.mean(-1, keepdim=True)).clamp(min=tiny)
+    root = values.clamp(min=least).sqrt()[..., None, :]
+    return tuple(  # type: ignore[return-value]
+        part.expand(*batch, size, size).reshape(-1, size, size)
+        for part in (vectors * root @ vectors.mT, vectors / root @ vectors.mT)
+    )
+
+
+def _check(query: Tensor, key: Tensor) -> None:
+    if query.ndim < 3 or key.ndim != query.ndim or query.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            "query_weight, key_weight: expected 'head dim feature' of the same heads and widths, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(f"query_weight: expected no empty axis, got {tuple(query.shape)}")
+    for name, weight in (("query_weight", query), ("key_weight", key)):
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name}: expected finite values, got some that are not")
