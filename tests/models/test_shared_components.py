@@ -9,7 +9,7 @@ import torch
 from torch.distributions import Normal
 
 from bayesattn.factorization import factorize
-from bayesattn.inference import SVI, LogDensity
+from bayesattn.inference import SVGD, SVI, CoordinateAscent, LogDensity
 from bayesattn.models import (
     AutomaticRelevance,
     GammaProcess,
@@ -18,9 +18,16 @@ from bayesattn.models import (
     SharedComponents,
 )
 from bayesattn.models.head_products import scaled_products
+from tests.models.component_cases import approximation, random_sides, shared_heads, units
 
+QUIET = {"seed": 0, "progress": False}
 HEADS, DIM, QUERY, KEY, COMPONENTS = 3, 2, 5, 7, 4
 SCALES = [AutomaticRelevance(), Horseshoe(), GammaProcess(), MultiplicativeGamma()]
+
+
+@pytest.fixture
+def shared(generator):
+    return shared_heads(generator, heads=3, dim=2, query=7, key=5, components=3)
 
 
 @pytest.fixture
@@ -29,28 +36,6 @@ def heads(generator):
         torch.randn(HEADS, DIM, QUERY, generator=generator),
         torch.randn(HEADS, DIM, KEY, generator=generator),
     )
-
-
-@pytest.fixture
-def shareable(generator):
-    """Six heads that each mix two of four components, and a little noise."""
-    pools = [torch.randn(4, size, generator=generator) for size in (11, 13)]
-    sides = [[], []]
-    for _ in range(6):
-        chosen = torch.randperm(4, generator=generator)[:2]
-        sizes = torch.randn(2, 1, generator=generator)
-        for side, pool, factor in zip(sides, pools, (sizes, 1.0), strict=True):
-            side.append(factor * pool[chosen])
-    return [
-        torch.stack(side) + 0.02 * torch.randn(6, 2, size, generator=generator)
-        for side, size in zip(sides, (11, 13), strict=True)
-    ]
-
-
-def units(query, key):
-    """Products, dense, in units of their root mean square."""
-    dense = torch.einsum("hdq,hdk->hqk", query, key)
-    return dense / dense.square().mean().sqrt()
 
 
 def factor_of(model, *args, **values):
@@ -69,14 +54,11 @@ def test_products_are_in_units_of_their_root_mean_square(heads):
 
 
 def test_the_factor_is_the_density_of_the_dense_products(heads, generator):
-    sizes = {"query_component": QUERY, "key_component": KEY, "mixing": HEADS}
-    values = {
-        name: torch.randn(COMPONENTS, size, generator=generator) for name, size in sizes.items()
-    }
+    values = random_sides(generator, COMPONENTS, QUERY, KEY, HEADS)
     model = SharedComponents(COMPONENTS, tolerance=0.3)
     found, nodes = factor_of(model, *heads, **values)
     query, key, mixing = values.values()
-    mean = torch.einsum("rq,rh,rk->hqk", query, mixing, key)
+    mean = approximation(query, key, mixing)
     expected = Normal(mean, 0.3).log_prob(units(*heads)).sum()
     torch.testing.assert_close(found, expected)
     energy = torch.stack(
@@ -128,17 +110,97 @@ def test_densities_have_scores(heads, scales, generator):
     torch.testing.assert_close((ahead - behind) / 2, score @ shift, rtol=1e-4, atol=1e-7)
 
 
-def test_the_width_of_shared_heads_is_inferred(shareable):
-    """Four of nine by a factorized normal law; the factorization itself uses all nine."""
-    model = SharedComponents(9)
-    posterior = SVI(model, guide="normal").run(*shareable, num_steps=1500, seed=0, progress=False)
-    found = posterior.predict(*shareable, sites=["width", "energy"])
-    assert found["width"].mode().values.unique().tolist() == [4.0]
-    energy = found["energy"].mean((0, 1)).sort(descending=True).values
-    assert energy[4] < 0.02 * energy[3]
-    fitted = factorize(*shareable, 9)
+def test_the_width_of_shared_heads_is_inferred(shared):
+    """Three of five by a factorized normal law; the factorization itself uses all five."""
+    model, fitted = SharedComponents(5), factorize(*shared, 5)
+    routine = SVI(model, guide="normal", init_scale=0.01)
+    posterior = routine.run(*shared, num_steps=600, init=model.initial_state(*shared), **QUIET)
+    found = posterior.predict(sites=["width", "energy"])
+    assert found["width"].mode().values.unique().tolist() == [3.0]
+    energy = found["energy"].mean((0, 1))
+    assert energy[3] < 0.05 * energy[2]
     sizes = fitted.query_weight.norm(dim=1) * fitted.key_weight.norm(dim=1)
-    assert (sizes > 0.01 * sizes[0]).sum() == 9
+    assert (sizes > 0.01 * sizes[0]).sum() == 5
+
+
+@pytest.mark.slow
+def test_the_width_of_a_larger_layer_is_inferred_by_other_priors_and_not_by_modes(generator):
+    """Eight of twenty by factorized normal laws; a mode under the horseshoe keeps many more."""
+    data = shared_heads(generator, heads=4, dim=5, query=23, key=29, components=8)
+    init = SharedComponents(20).initial_state(*data)
+    posterior = SVI(SharedComponents(20), guide="normal", init_scale=0.01).run(
+        *data, num_steps=2000, init=init, **QUIET
+    )
+    width = posterior.predict(sites=["width"])["width"]
+    assert width.mode().values.unique().tolist() == [8.0]
+    point = SVI(SharedComponents(20, Horseshoe()), guide="delta").run(
+        *data, num_steps=1000, **QUIET
+    )
+    assert point.predict(sites=["width"])["width"] > 10
+
+
+@pytest.mark.slow
+def test_particles_stay_with_what_they_are_given(shared):
+    """From variational laws; a random start of as many steps keeps components that none needs."""
+    model = SharedComponents(5)
+    laws = CoordinateAscent(model).run(*shared, num_steps=300, tolerance=1e-3, **QUIET)
+    routine = SVGD(model, num_particles=30)
+    found = {
+        name: routine.run(*shared, num_steps=200, init=init, **QUIET).predict(
+            sites=["width", "relative_error"]
+        )
+        for name, init in (("warm", laws), ("cold", None))
+    }
+    assert (found["warm"]["width"] == 3).all()
+    assert found["warm"]["relative_error"].max() < 0.1
+    assert found["cold"]["relative_error"].mean() > 3 * found["warm"]["relative_error"].mean()
+
+
+def test_logits_are_scaled_by_the_width_that_heads_had(heads, generator):
+    """At components that are the heads' own, whatever their number: no colder, and no hotter."""
+    query_tokens = torch.randn(11, QUERY, generator=generator)
+    key_tokens = torch.randn(13, KEY, generator=generator)
+    model = SharedComponents(HEADS * DIM)
+    start = model.initial_state(*heads)
+    nodes = factor_of(model, *heads, query_tokens, key_tokens, **start)[1]
+    queries, keys = query_tokens @ heads[0].mT, key_tokens @ heads[1].mT
+    expected = queries @ keys.mT / DIM**0.5
+    torch.testing.assert_close(nodes["logits"]["value"], expected)
+    assert nodes["relative_error"]["value"] < 1e-6
+    with pytest.raises(ValueError, match="logits need query_tokens and key_tokens, got no key_t"):
+        factor_of(model, *heads, query_tokens, **start)
+
+
+def test_what_is_told_does_not_hang_on_order_and_signs(heads, generator):
+    tokens = torch.randn(11, QUERY, generator=generator), torch.randn(13, KEY, generator=generator)
+    values = random_sides(generator, COMPONENTS, QUERY, KEY, HEADS)
+    precision = torch.rand(COMPONENTS, generator=generator)
+    order = torch.tensor([2, 0, 3, 1])
+    signs = torch.tensor([[-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, 1.0], [1.0, -1.0, -1.0]])
+    turned = {
+        name: (value * sign[:, None])[order]
+        for (name, value), sign in zip(values.items(), signs.unbind(1), strict=True)
+    }
+    model = SharedComponents(COMPONENTS)
+    before, one = factor_of(model, *heads, *tokens, precision=precision, **values)
+    after, other = factor_of(model, *heads, *tokens, precision=precision[order], **turned)
+    torch.testing.assert_close(before, after)
+    for name in ("energy", "width", "relative_error", "logits"):
+        torch.testing.assert_close(one[name]["value"], other[name]["value"])
+
+
+def test_axes_have_names(heads):
+    model = SharedComponents(COMPONENTS)
+    posterior = CoordinateAscent(model, compile="none").run(
+        *heads, num_steps=5, num_samples=3, **QUIET
+    )
+    exported = posterior.to_arviz()
+    sides = {"query_component": "query_feature", "key_component": "key_feature", "mixing": "head"}
+    for site, axis in sides.items():
+        assert exported.posterior[site].dims == ("chain", "draw", "component", axis)
+    assert exported.posterior["energy"].dims == ("chain", "draw", "component")
+    assert exported.posterior["width"].dims == ("chain", "draw")
+    assert exported.constant_data["query_weight"].dims == ("head", "dim", "query_feature")
 
 
 @pytest.mark.usefixtures("unchecked_types")
