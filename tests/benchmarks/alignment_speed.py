@@ -1,6 +1,7 @@
 r"""What alignment costs: conditional transport beside attention, and a training step with it.
 
-Run as ``python -m tests.benchmarks.alignment_speed [--busy] [--lengths 512,...] [--threads N]``.
+Run as ``python -m tests.benchmarks.alignment_speed [--busy] [--lengths 512,...] [--threads N]``; on
+a GPU if there is one.
 
 A transport both ways is two passes of attention. In matrix products of S × S × d one pass takes 2
 forward and 5 backward, so two of them are at least 2.0 times attention. In the second table one
@@ -27,7 +28,7 @@ from bayesattn.divergences import (
 from bayesattn.inference import Alignment
 from tests.benchmarks.peak_memory import peak_bytes
 from tests.benchmarks.repulsion_speed import HEADS, LAYERS, WIDTH, network
-from tests.benchmarks.timing import Advance, Clock, alternating, repeated, table
+from tests.benchmarks.timing import Advance, Clock, alternating, name_of, repeated, table
 
 __all__ = ["measure_lengths", "measure_steps"]
 
@@ -45,18 +46,19 @@ DIVERGENCES: dict[str, Any] = {
 Times = dict[str, tuple[float, str]]
 
 
-def clouds_of(length: int, heads: int = HEADS) -> list[Tensor]:
+def clouds_of(length: int, heads: int = HEADS, device: str = "cpu") -> list[Tensor]:
     """Queries and keys of one sentence."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, length, DIM)
-    return [torch.randn(shape, generator=generator).requires_grad_() for _ in range(2)]
+    clouds = [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
+    return [cloud.requires_grad_() for cloud in clouds]
 
 
-def comparisons(length: int) -> dict[str, Callable[[], object]]:
+def comparisons(length: int, device: str = "cpu") -> dict[str, Callable[[], object]]:
     """Attention and transports of one sentence, each forward and backward."""
-    query, key = clouds_of(length)
+    query, key = clouds_of(length, device=device)
     # As wide as the keys, and of gradients of their own.
-    value, gradient = (part.detach() for part in clouds_of(length))
+    value, gradient = (part.detach() for part in clouds_of(length, device=device))
     value.requires_grad_()
 
     def attend() -> object:
@@ -64,7 +66,7 @@ def comparisons(length: int) -> dict[str, Callable[[], object]]:
         return torch.autograd.grad(output, (query, key, value), gradient)
 
     def transport(divergence: nn.Module) -> Callable[[], object]:
-        learned = list(divergence.parameters())
+        learned = list(divergence.to(device).parameters())
         return lambda: torch.autograd.grad(divergence(query, key).sum(), [query, key, *learned])
 
     with torch.random.fork_rng(devices=[]):
@@ -81,30 +83,30 @@ def comparisons(length: int) -> dict[str, Callable[[], object]]:
 
 
 def measure_lengths(
-    length: int, *, rounds: int, seconds: float, clock: Clock
+    length: int, *, rounds: int, seconds: float, clock: Clock, device: str = "cpu"
 ) -> tuple[Times, dict[str, float]]:
     """Median milliseconds and spread of each, and the megabytes that each needs at its peak."""
-    found = comparisons(length)
-    turns = {name: repeated(once) for name, once in found.items()}
+    found = comparisons(length, device)
+    turns = {name: repeated(once, device) for name, once in found.items()}
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
-    memory = {name: peak_bytes(once) / 2**20 for name, once in found.items()}
+    memory = {name: peak_bytes(once, device) / 2**20 for name, once in found.items()}
     return {name: (spent.median, spent.spread) for name, spent in times.items()}, memory
 
 
 def training_steps(
-    batch: int, tokens: int, width: int = WIDTH, layers: int = LAYERS
+    batch: int, tokens: int, width: int = WIDTH, layers: int = LAYERS, device: str = "cpu"
 ) -> dict[str, Advance]:
     """A training step alone, and with the term of each divergence."""
-    rows = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0))
-    padding = torch.zeros(batch, tokens, dtype=torch.bool)
+    rows = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(0)).to(device)
+    padding = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
     padding[::2, tokens // 2 :] = True
     turns: dict[str, Advance] = {}
     for name, divergence in {"training step": None, **DIVERGENCES}.items():
-        model = network(width, layers)
+        model = network(width, layers).to(device)
         alignment = None if divergence is None else Alignment(model, divergence)
         learned = [] if alignment is None else alignment.parameter_groups(lr=1e-3)
         optimizer = torch.optim.AdamW([{"params": model.parameters()}, *learned], lr=1e-4)
-        turns[name] = repeated(_step(model, alignment, optimizer, rows, padding))
+        turns[name] = repeated(_step(model, alignment, optimizer, rows, padding), device)
     return turns
 
 
@@ -117,9 +119,10 @@ def measure_steps(
     rounds: int,
     seconds: float,
     clock: Clock,
+    device: str = "cpu",
 ) -> Times:
     """Median milliseconds and spread of a step with each divergence, and without any."""
-    turns = training_steps(batch, tokens, width, layers)
+    turns = training_steps(batch, tokens, width, layers, device)
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
     return {name: (spent.median, spent.spread) for name, spent in times.items()}
 
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of such a sentence")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--busy", action="store_true", help="count processor time, not wall time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -161,6 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = {
+        "device": arguments.device,
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "clock": time.process_time if arguments.busy else time.perf_counter,
@@ -181,8 +186,9 @@ def main() -> None:
         for name, (median, spread) in times.items()
     ]
     print(
-        f"{arguments.layers} layers, width {arguments.width}, {HEADS} heads; "
-        f"{arguments.batch} sentences of {arguments.tokens} tokens, every other half padding\n"
+        f"{name_of(arguments.device)}; {arguments.layers} layers, width {arguments.width}, "
+        f"{HEADS} heads; {arguments.batch} sentences of {arguments.tokens} tokens, "
+        "every other half padding\n"
     )
     header = ["", "ms: median (spread)", "of a step"]
     print(table(header, rows, markdown=arguments.markdown))

@@ -1,6 +1,7 @@
 r"""Attention forward and backward beside PyTorch's own, over lengths: time, memory, crossover.
 
-Run as ``python -m tests.benchmarks.attention_speed [--busy] [--lengths 256,512,...]``.
+Run as ``python -m tests.benchmarks.attention_speed [--busy] [--lengths 256,512,...]``; on a GPU if
+there is one.
 
 In matrix products of S × S × d, softmax attention by blocks takes 2 forward and 5 backward. Two
 stock passes of it, one for the column sums and one for the weights, take 14: twice as many. Doubly
@@ -10,9 +11,9 @@ products that run less well than those inside PyTorch's kernel.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from bayesattn.normalizations import (
     Sinkhorn,
 )
 from tests.benchmarks.peak_memory import peak_bytes
-from tests.benchmarks.timing import Clock, alternating, repeated, table
+from tests.benchmarks.timing import Clock, alternating, name_of, repeated, table
 
 __all__ = ["CONTESTANTS", "PRODUCTS", "measure"]
 
@@ -70,23 +71,32 @@ CONTESTANTS: dict[str, Attend] = {
 
 
 def measure(
-    length: int, *, rounds: int, seconds: float, clock: Clock, match: str = ""
+    length: int,
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Clock,
+    match: str = "",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    longest_dense: int = LONGEST_DENSE,
 ) -> tuple[dict[str, tuple[float, str]], dict[str, float]]:
     """Median milliseconds and spread of each contestant, and megabytes it needs at its peak."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(4)]
-    *inputs, gradient = parts
+    *inputs, gradient = (part.to(device, dtype) for part in parts)
     inputs = [part.requires_grad_() for part in inputs]
 
     def once(attend: Attend) -> None:
         torch.autograd.grad(attend(*inputs), inputs, gradient)
 
     chosen = {n: a for n, a in CONTESTANTS.items() if match in n or n == "SDPA"}
-    if length > LONGEST_DENSE:
+    if length > longest_dense:
         chosen = {name: attend for name, attend in chosen.items() if "dense" not in name}
-    turns = {name: repeated(partial(once, attend)) for name, attend in chosen.items()}
+    calls = {name: functools.partial(once, attend) for name, attend in chosen.items()}
+    turns = {name: repeated(call, device) for name, call in calls.items()}
     times = alternating(turns, rounds=rounds, seconds=seconds, clock=clock)
-    memory = {n: peak_bytes(partial(once, a)) / 2**20 for n, a in chosen.items()}
+    memory = {n: peak_bytes(call, device) / 2**20 for n, call in calls.items()}
     return {name: (found.median, found.spread) for name, found in times.items()}, memory
 
 
@@ -94,6 +104,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lengths", default="256,512,768,1024,2048,4096,8192")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--longest-dense", type=int, default=LONGEST_DENSE)
     parser.add_argument("--busy", action="store_true", help="count processor time, not wall time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -111,6 +124,9 @@ def main() -> None:
             seconds=arguments.seconds,
             clock=clock,
             match=arguments.match,
+            device=arguments.device,
+            dtype=getattr(torch, arguments.dtype),
+            longest_dense=arguments.longest_dense,
         )
         for name, (median, spread) in times.items():
             rows.append(
@@ -125,7 +141,8 @@ def main() -> None:
                 ]
             )
     header = ["S", "", "ms", "of SDPA", "of its products", "MB", "of SDPA"]
-    print(f"forward and backward, batch 1, {HEADS} heads, d={DIM}, float32, CPU\n")
+    device = name_of(arguments.device)
+    print(f"forward and backward, batch 1, {HEADS} heads, d={DIM}, {arguments.dtype}, {device}\n")
     print(table(header, rows, markdown=arguments.markdown))
 
 

@@ -48,10 +48,20 @@ class Problem(NamedTuple):
     value_and_score: Callable[..., tuple[Tensor, Tensor]]
     particle_counts: tuple[int, ...]
 
+    @property
+    def device(self) -> str:
+        """Where the data are."""
+        return str(self.data[0].device)
+
+    def on(self, device: str) -> "Problem":
+        """The same with its data elsewhere."""
+        return self._replace(data=tuple(part.to(device) for part in self.data))
+
     def starts(self, num_particles: int) -> Tensor:
         """Particles that all contestants begin from."""
         generator = torch.Generator().manual_seed(num_particles)
-        return 0.3 * torch.randn(num_particles, self.dim, generator=generator)
+        starts = 0.3 * torch.randn(num_particles, self.dim, generator=generator)
+        return starts.to(self.data[0].device)
 
 
 # ---------------------------------------------------------------- (a) logistic regression

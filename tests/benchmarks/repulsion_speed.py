@@ -26,7 +26,7 @@ from bayesattn.inference import (
     WassersteinForce,
 )
 from bayesattn.networks import head_partitions
-from tests.benchmarks.timing import Clock, alternating, table
+from tests.benchmarks.timing import Clock, alternating, name_of, table, wait_for
 
 __all__ = ["LAYERS", "contestants", "measure"]
 
@@ -59,7 +59,7 @@ def contestants(
             optimizer.zero_grad()
             model(rows).square().mean().backward()
             optimizer.step()
-        _wait(device)
+        wait_for(device)
 
     train(1)
     model(rows).square().mean().backward()
@@ -79,7 +79,7 @@ def contestants(
     def copy(count: int) -> None:
         for _ in range(count):
             target.copy_(numbers)
-        _wait(device)
+        wait_for(device)
 
     return found | {"copy": copy}
 
@@ -93,14 +93,9 @@ def _steps(
             # What is done after an optimizer's step, without the step; gradients are used again.
             repulsion._after_step(optimizer)
             repulsion._used = []
-        _wait(device)
+        wait_for(device)
 
     return advance
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def measure(
@@ -150,7 +145,7 @@ def main() -> None:
         rate = f"{passes * 4 * numbers / median / 1e6:.1f}" if passes else ""
         rows.append([name, f"{median:.3g} ({spread})", f"{100 * median / step:.1f} %", rate])
     print(
-        f"{layers} layers, width {width}, {HEADS} heads, {arguments.device}; "
+        f"{layers} layers, width {width}, {HEADS} heads, {name_of(arguments.device)}; "
         f"{arguments.batch} sentences of {arguments.tokens} tokens; "
         f"heads of {numbers / 1e6:.1f} million numbers\n"
     )

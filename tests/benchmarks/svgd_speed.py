@@ -28,7 +28,7 @@ import torch
 
 from tests.benchmarks import torch_contestants
 from tests.benchmarks.problems import PROBLEMS, Problem
-from tests.benchmarks.timing import Advance, Clock, Times, alternating, seconds_of, table
+from tests.benchmarks.timing import Advance, Clock, Times, alternating, name_of, seconds_of, table
 
 __all__ = ["REQUIREMENTS", "Requirement", "measured"]
 
@@ -81,7 +81,7 @@ def contestants(
         yield f"Pyro ({mode})", make(torch_contestants.pyro_svgd, mode=mode)
     if quick:
         return
-    jax = _jax_contestants()
+    jax = _jax_contestants() if problem.device == "cpu" else None
     if jax is not None:
         yield NUMPYRO, make(jax.numpyro_svgd)
         yield "BlackJAX", make(jax.blackjax_svgd)
@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ours and Pyro, few particles, short")
     parser.add_argument("--problem", choices=PROBLEMS, action="append")
     parser.add_argument("--particles", type=int, action="append", help="instead of all counts")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, where nothing is asked")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     parser.add_argument(
         "--busy", action="store_true", help="count processor time: others use this machine too"
@@ -148,7 +149,7 @@ def main() -> None:
     show = functools.partial(table, markdown=arguments.markdown)
     figures: Figures = {}
     for name in arguments.problem or (["a"] if arguments.quick else PROBLEMS):
-        problem = PROBLEMS[name]
+        problem = PROBLEMS[name].on(arguments.device)
         for count in arguments.particles or problem.particle_counts[: 1 if arguments.quick else 9]:
             times, setup = measured(problem, count, quick=arguments.quick, clock=clock)
             rows = [[who, str(times[who]), f"{setup[who]:.1f}"] for who in times]
@@ -157,9 +158,10 @@ def main() -> None:
                 runs = whole_runs(problem, count, steps=2000, rounds=rounds, clock=clock)
                 rows.insert(1, ["bayesattn, inductor, run of 2000", str(runs), ""])
             figures[name, count] = times
-            print(f"\n({name}) {problem.title}, M={count}\n", flush=True)
+            where = name_of(arguments.device)
+            print(f"\n({name}) {problem.title}, M={count}, {where}\n", flush=True)
             print(show(["", "ms a step: median (spread)", "set-up, s"], rows), flush=True)
-    rows = verdicts(figures)
+    rows = verdicts(figures) if arguments.device == "cpu" else []
     if rows:
         print("\n" + show(["where", "asked", "found", ""], rows))
 

@@ -9,7 +9,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["Advance", "Clock", "Times", "alternating", "repeated", "seconds_of", "table"]
+import torch
+
+__all__ = [
+    "Advance",
+    "Clock",
+    "Times",
+    "alternating",
+    "name_of",
+    "repeated",
+    "seconds_of",
+    "table",
+    "wait_for",
+]
 
 Advance = Callable[[int], None]
 Clock = Callable[[], float]
@@ -60,12 +72,13 @@ def alternating(
     return {name: Times(tuple(times)) for name, times in found.items()}
 
 
-def repeated(once: Callable[[], object]) -> Advance:
-    """Steps that are calls of a function."""
+def repeated(once: Callable[[], object], device: str = "cpu") -> Advance:
+    """Steps that are calls of a function; the last waits for the device."""
 
     def advance(count: int) -> None:
         for _ in range(count):
             once()
+        wait_for(device)
 
     return advance
 
@@ -75,6 +88,17 @@ def seconds_of(function: Callable, *args: object, clock: Clock = time.perf_count
     start = clock()
     function(*args)
     return clock() - start
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def name_of(device: str) -> str:
+    """What a device is: CPU, or the GPU's name."""
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:

@@ -22,6 +22,7 @@ from bayesattn.inference.schedules import constant
 from bayesattn.inference.svgd import SVGD
 from bayesattn.order_statistics import smallest_but
 from tests.benchmarks.problems import Problem
+from tests.benchmarks.timing import Advance, repeated, wait_for
 
 __all__ = [
     "BETAS",
@@ -40,8 +41,6 @@ __all__ = [
 
 RATE = 0.01
 BETAS, EPS = (0.9, 0.999), 1e-8
-
-Advance = Callable[[int], None]
 
 
 def routine(problem: Problem, num_particles: int, mode: str) -> SVGD:
@@ -64,7 +63,8 @@ def ours_step(problem: Problem, num_particles: int, mode: str) -> Callable[[], T
 
 def step_of(svgd: SVGD, density: LogDensity, start: Tensor) -> Callable[[], Tensor]:
     """The same of given settings on a given log density."""
-    state = svgd.init(start[None], torch.zeros(1, 0), identity(torch.zeros(1, density.dim)))
+    no_shared = start.new_zeros(1, 0)
+    state = svgd.init(start[None], no_shared, identity(start.new_zeros(1, density.dim)))
     stepper = svgd.stepper(density, WholeParticles(1))
     generator = torch.Generator().manual_seed(0)
 
@@ -77,7 +77,7 @@ def step_of(svgd: SVGD, density: LogDensity, start: Tensor) -> Callable[[], Tens
 
 def ours(problem: Problem, num_particles: int, mode: str) -> Advance:
     """Bare steps of ours."""
-    return _repeated(ours_step(problem, num_particles, mode))
+    return repeated(ours_step(problem, num_particles, mode), problem.device)
 
 
 def whole_run(problem: Problem, num_particles: int, mode: str) -> Advance:
@@ -88,6 +88,7 @@ def whole_run(problem: Problem, num_particles: int, mode: str) -> Advance:
 
     def advance(num_steps: int) -> None:
         svgd.run(*problem.data, num_steps=num_steps, seed=0, progress=False)
+        wait_for(problem.device)
 
     return advance
 
@@ -111,6 +112,7 @@ def pyro_svgd(problem: Problem, num_particles: int, mode: str) -> Advance:
         with store.scope(kept) as kept:
             for _ in range(num_steps):
                 svgd.step(*problem.data)
+        wait_for(problem.device)
 
     return advance
 
@@ -140,7 +142,7 @@ class ByHand:
 
 def by_hand(problem: Problem, num_particles: int) -> Advance:
     """Eager arithmetic."""
-    return _repeated(torch.no_grad()(ByHand(problem, num_particles)))
+    return repeated(torch.no_grad()(ByHand(problem, num_particles)), problem.device)
 
 
 def by_hand_compiled(problem: Problem, num_particles: int) -> Advance:
@@ -157,8 +159,9 @@ def by_hand_compiled(problem: Problem, num_particles: int) -> Advance:
         denominator = square.sqrt() / corrections[1] + EPS
         return particles - corrections[0] * mean / denominator, mean, square
 
-    compiled, start = torch.compile(step, fullgraph=True, dynamic=False), problem.starts
-    state = (start(num_particles), *torch.zeros(2, num_particles, problem.dim))
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    start = problem.starts(num_particles)
+    state = (start, torch.zeros_like(start), torch.zeros_like(start))
     count = 0
 
     @torch.no_grad()
@@ -167,13 +170,13 @@ def by_hand_compiled(problem: Problem, num_particles: int) -> Advance:
         count += 1
         first, second = BETAS
         corrections = [RATE / (1 - first**count), (1 - second**count) ** 0.5]
-        state = compiled(*state, torch.tensor(corrections))
+        state = compiled(*state, start.new_tensor(corrections))
 
     validates = Distribution._validate_args
     one()
     # Compiling turns validation off for the process, from which Pyro would gain.
     Distribution.set_default_validate_args(validates)
-    return _repeated(one)
+    return repeated(one, problem.device)
 
 
 def stein_direction(particles: Tensor, score: Tensor) -> Tensor:
@@ -191,11 +194,3 @@ def stein_direction(particles: Tensor, score: Tensor) -> Tensor:
     slope = gram / (base * squared)
     drive = gram @ score + slope.sum(1, keepdim=True) * centered - slope @ centered
     return drive / len(particles)
-
-
-def _repeated(step: Callable[[], object]) -> Advance:
-    def advance(num_steps: int) -> None:
-        for _ in range(num_steps):
-            step()
-
-    return advance
