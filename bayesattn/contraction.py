@@ -15,7 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from bayesattn.autocasting import autocast_type
+
 __all__ = ["has_tangent", "inner_products", "inside_transform", "weighted_sums"]
+
+# Whether the compiler knows what to make of the question for transforms.
+_IS_TRACEABLE = torch.__version__ >= "2.13"
 
 
 def inner_products(
@@ -33,8 +38,13 @@ def weighted_sums(
 
 
 def inside_transform() -> bool:
-    """Whether a transform of ``torch.func``, such as vmap or grad, is in force."""
-    # PyTorch has no public name for this; the compiler traces this private one.
+    """Whether a transform of ``torch.func``, such as vmap or grad, is in force.
+
+    Compiled by a PyTorch before 2.13, the answer is no; what follows is right, but may be slower.
+    """
+    if torch.compiler.is_dynamo_compiling() and not _IS_TRACEABLE:
+        return False
+    # PyTorch has no public name for this.
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()  # pyright: ignore[reportAttributeAccessIssue]
     return depth > 0
 
@@ -72,10 +82,10 @@ def _own_axes(operand: Tensor, letters: str) -> tuple[Tensor, str]:
 
 
 def _contract(left: Tensor, right: Tensor, left_axes: str, right_axes: str, axes: str) -> Tensor:
-    device = left.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    dtype = autocast_type(left)
+    if dtype is not None:
         # Cast here and not inside, so that backward meets the types that forward did.
-        left, right = (x.to(torch.get_autocast_dtype(device)) for x in (left, right))
+        left, right = left.to(dtype), right.to(dtype)
     if inside_transform() and not torch.compiler.is_compiling():
         return _Contraction.apply(left, right, left_axes, right_axes, axes)
     return torch.einsum(f"{left_axes},{right_axes}->{axes}", left, right)

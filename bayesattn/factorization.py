@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bayesattn.accelerated_sweeps import best_fit
 from bayesattn.alternating_least_squares import Factors, HeadProducts
+from bayesattn.autocasting import full_precision
 from bayesattn.factor_errors import lower_bounds, nested_errors, residual_errors
 from bayesattn.factor_gauge import balanced, by_energy
 from bayesattn.factor_starts import START_NAMES, start_factors
-from bayesattn.kernels.distances import full_precision
 from bayesattn.weighed_products import weighed_products
 
 __all__ = ["Factorization", "factorize"]

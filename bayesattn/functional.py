@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
+from bayesattn.autocasting import autocast_type
 from bayesattn.contraction import (
     has_tangent,
     inner_products,
@@ -27,7 +28,6 @@ from bayesattn.contraction import (
 from bayesattn.fused_route import attend_fused, check_route, reduce_logits, takes_fused
 from bayesattn.masking import (
     Masks,
-    autocast_type,
     combine_masks,
     masked_softmax,
     refuse_leaks,

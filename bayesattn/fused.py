@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn import fused_gradients
+from bayesattn.autocasting import autocast_type
 from bayesattn.folding import folded_attention, folded_logsumexp
-from bayesattn.masking import autocast_type
 
 __all__ = ["attention_logsumexp", "attention_with_key_bias", "doubly_normalized_attention"]
 

@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
+from bayesattn.autocasting import autocast_type
 from bayesattn.fused import (
     attention_logsumexp,
     attention_with_key_bias,
     doubly_normalized_attention,
 )
 from bayesattn.logits import DotProduct, Logits, ReducedLogits
-from bayesattn.masking import Masks, autocast_type
+from bayesattn.masking import Masks
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Component, Normalization
 

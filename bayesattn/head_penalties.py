@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayesattn.autocasting import full_precision
 from bayesattn.head_similarity import cosine_similarity, mean_over_pairs
 from bayesattn.kernels import IMQ, RBF
-from bayesattn.kernels.distances import full_precision, widened
+from bayesattn.kernels.distances import widened
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.observation import ObservedCalls
 

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bayesattn.kernels.distances import full_precision, widened
+from bayesattn.autocasting import full_precision
+from bayesattn.kernels.distances import widened
 
 __all__ = [
     "centered_kernel_alignment",

@@ -20,7 +20,6 @@ from bayesattn.contraction import inside_transform
 __all__ = [
     "LOWEST_BIAS",
     "Masks",
-    "autocast_type",
     "combine_masks",
     "masked_softmax",
     "refuse_leaks",
@@ -139,14 +138,6 @@ def refuse_leaks(mask: Shaped[Tensor, "..."], num_queries: int, num_keys: int, r
         torch._assert_async(~leaks, reason)  # pyright: ignore[reportPrivateImportUsage]
     elif leaks:
         raise ValueError(reason)
-
-
-def autocast_type(part: Tensor) -> torch.dtype | None:
-    """The type that autocast gives to products on a tensor's device; None where it is off."""
-    device = part.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
 
 
 def _beside_heads(mask: Tensor, batch: list[int]) -> Tensor:

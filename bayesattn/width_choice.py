@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.alternating_least_squares import HeadProducts
+from bayesattn.autocasting import full_precision
 from bayesattn.factor_errors import lower_bounds, over
 from bayesattn.factorization import Factorization, factorize
 from bayesattn.head_decomposition import head_factors
-from bayesattn.kernels.distances import full_precision
 from bayesattn.weighed_products import weighed_products
 
 __all__ = ["width_for_error"]

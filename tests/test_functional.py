@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bayesattn import contraction
 from bayesattn.functional import attention, attention_weights
 from tests import reference
 from tests.compilation import in_one_graph
@@ -440,7 +441,10 @@ def test_compiles_in_one_graph(route, kind, generator):
 
 
 @pytest.mark.compile
-def test_compiles_inside_transforms(generator):
+@pytest.mark.parametrize("is_traceable", [True, False])
+def test_compiles_inside_transforms(is_traceable, generator, monkeypatch):
+    """Also by a compiler that cannot tell of transforms, as those before PyTorch 2.13."""
+    monkeypatch.setattr(contraction, "_IS_TRACEABLE", is_traceable)
     parts = operands(generator, batch=(4, 2, 3))
     slope = vmap(grad(lambda *p: attention(*p).square().sum()))
     torch.testing.assert_close(in_one_graph(slope, *parts), slope(*parts))

@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.headwise_networks import HeadwiseMLP, Highway, call_reversed
 from bayesattn.divergences.point_clouds import Weights, weighted_clouds
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["Adversarial"]
 

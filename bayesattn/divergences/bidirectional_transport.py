@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from bayesattn.autocasting import full_precision
 from bayesattn.contraction import inner_products
 from bayesattn.divergences.headwise_networks import HeadwiseMLP, Highway, call_reversed
 from bayesattn.divergences.point_clouds import Weights, log_weights, weighted_clouds
@@ -39,7 +40,6 @@ from bayesattn.divergences.transport_costs import (
 )
 from bayesattn.fused import attention_with_key_bias
 from bayesattn.fused_route import check_route
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["ConditionalTransport", "conditional_transport"]
 

@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.point_clouds import Weights, log_weights, weighted_clouds
 from bayesattn.divergences.transport_costs import TransportCost
 from bayesattn.divergences.transport_iterations import soft_minimum
 from bayesattn.divergences.transport_settings import TransportSettings
-from bayesattn.kernels.distances import full_precision
 
 __all__ = [
     "EntropicDuals",

@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.point_clouds import PointClouds, Weights, weighted_clouds
 from bayesattn.first_derivatives import first_derivative
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["BuresWasserstein", "MomentDistance", "bures_wasserstein", "moment_distance"]
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.energy import Energy
 from bayesattn.divergences.kernel_discrepancy import MMD, with_pooled_median
 from bayesattn.divergences.point_clouds import (
@@ -30,7 +31,6 @@ from bayesattn.divergences.point_clouds import (
     Weights,
     weighted_clouds,
 )
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["PermutationTest", "permutation_test"]
 

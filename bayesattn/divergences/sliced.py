@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.point_clouds import Weights, weighted_clouds
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["SlicedWasserstein", "random_directions", "sliced_wasserstein", "wasserstein_on_a_line"]
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from bayesattn.autocasting import full_precision
 from bayesattn.divergences.point_clouds import (
     Divergence,
     PointClouds,
@@ -30,7 +31,6 @@ from bayesattn.divergences.point_clouds import (
     check_divergence,
     weighted_clouds,
 )
-from bayesattn.kernels.distances import full_precision
 
 __all__ = ["Balanced", "ScaleFree", "Whitened"]
 

@@ -5,18 +5,16 @@ r"""Squared distances between particles, in full precision and about their mean,
 Nothing larger than "particle particle" or "particle dim" is held: sums over pairs are products.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.autocasting import full_precision
 from bayesattn.order_statistics import smallest_but
 
 __all__ = [
     "about_mean",
     "floored_median",
-    "full_precision",
     "geometry",
     "median_squared_distance",
     "squared_distances",
@@ -71,14 +69,6 @@ def median_squared_distance(
 def widened(tensor: Tensor) -> Tensor:
     """The same values in float32 or the wider type that they have."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager:
-    """Keep autocast off products of tensors like this one."""
-    device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def about_mean(

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.autocasting import full_precision
 from bayesattn.kernels.bandwidths import Bandwidth, Number, check_bandwidth, fixed_square
-from bayesattn.kernels.distances import about_mean, full_precision, widened
+from bayesattn.kernels.distances import about_mean, widened
 from bayesattn.kernels.protocol import KernelTerms
 from bayesattn.kernels.sums import Summable
 

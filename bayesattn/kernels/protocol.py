@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.autocasting import full_precision
 from bayesattn.kernels.bandwidths import Number
-from bayesattn.kernels.distances import full_precision, widened
+from bayesattn.kernels.distances import widened
 
 __all__ = ["Kernel", "KernelTerms", "ScalarKernel", "SiteKernel", "Terms"]
 

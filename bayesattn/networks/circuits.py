@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.kernels.distances import full_precision
+from bayesattn.autocasting import full_precision
 from bayesattn.networks.stacked_heads import HeadBatch
 
 __all__ = ["Circuits", "circuit_products", "head_circuits"]

@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -29,8 +30,11 @@ def no_waiting(device: str) -> Callable[[], AbstractContextManager[None]]:
         if not device.startswith("cuda"):
             yield
             return
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                # Of the mode itself, which does not see all that waits.
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -20,7 +20,11 @@ from tests.models.cases import make_data, make_model
 from tests.models.component_cases import shared_heads
 from tests.models.mixture_cases import make_problem
 
-pytestmark = pytest.mark.filterwarnings("ignore::bayesattn.inference.running.ConvergenceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::bayesattn.inference.running.ConvergenceWarning"),
+    # PyTorch's compiler makes one itself, and hides what it says unless warnings are errors.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
 
 QUIET = {"seed": 0, "progress": False}
 # Guides and closed forms of that table are written for the CPU.
