@@ -1,10 +1,13 @@
 """Divergences of a batch in which some clouds may have no point: zero there, without a gradient."""
 
+from contextlib import nullcontext
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayesattn.divergences.point_clouds import Divergence
+from bayesattn.divergences.value_checks import known_values
 
 __all__ = ["divergence_or_zero"]
 
@@ -32,5 +35,7 @@ def divergence_or_zero(
     empty = ~compared[..., None]
     # Values of their own before any arithmetic, so that no gradient passes.
     query, key = (torch.where(empty[..., None], 1.0, points) for points in (query, key))
-    found = divergence(query, key, query_mask | empty, key_mask | empty, None)
+    # Compiled code looks at no values anyhow.
+    with nullcontext() if torch.compiler.is_compiling() else known_values():
+        found = divergence(query, key, query_mask | empty, key_mask | empty, None)
     return torch.where(compared, found, 0.0), compared

@@ -135,7 +135,8 @@ def test_terms_of_alignment_are_those_of_the_cpu(name, models, batch, device):
         torch.testing.assert_close(other.cpu(), one, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+# PyTorch waits for the success of a decomposition, which moments need.
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "moments"])
 def test_alignment_does_not_wait_for_the_device(name, models, batch, device, no_waiting):
     model, tokens = models[1].float(), batch[0].float().to(device)
     alignment = Alignment(model, DIVERGENCES[name], 0.3)

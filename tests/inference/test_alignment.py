@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from bayesattn import MultiheadAttention, StructuredSelfAttention, TransformerEncoderLayer
@@ -13,6 +14,8 @@ from bayesattn.divergences import (
     Adversarial,
     ConditionalTransport,
     Energy,
+    SinkhornDivergence,
+    SlicedWasserstein,
     energy_distance,
     squared_mmd,
 )
@@ -533,3 +536,19 @@ def test_refuses_models_without_attention_and_passes_without_calls(model, tokens
         pass
     with pytest.raises(RuntimeError, match="needs a call"):
         alignment.loss()
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [MMD(), Energy(), ConditionalTransport(), SlicedWasserstein(seed=0), SinkhornDivergence()],
+    ids=lambda divergence: type(divergence).__name__,
+)
+def test_nothing_waits_for_the_device(divergence):
+    """Tensors without data refuse to tell a number. Mutant: masks that are looked at."""
+    with FakeTensorMode():
+        model = Classifier(EMBED, HEADS)
+        alignment = Alignment(model, divergence, 0.3)
+        for _ in range(2):
+            with alignment.observe():
+                loss = model(torch.randn(BATCH, TOKENS, EMBED)).square().mean()
+            (loss + alignment.loss()).backward()
