@@ -169,9 +169,11 @@ class Alignment(nn.Module):
             found = mean_divergence(self._divergence(name, place), calls)
             label = name if place == 0 else f"{name}[{place}]"
             self.head_divergences[label] = found.detach()
-            factor = found.new_tensor(self._factors[name])
-            terms.append((factor * found).sum())
-            factors.extend(self._factors[name])
+            own = self._factors[name]
+            # Numbers become a tensor only where heads differ: a GPU would be waited for.
+            is_one = len(set(own)) == 1
+            terms.append(own[0] * found.sum() if is_one else (found.new_tensor(own) * found).sum())
+            factors.extend(own)
         total = weight * torch.stack(terms).sum()
         return total / sum(factors) if self.reduction == "mean" else total
 

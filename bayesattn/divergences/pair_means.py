@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.contraction import inside_transform
 from bayesattn.divergences.point_clouds import PointClouds
+from bayesattn.divergences.value_checks import has_values
 
 __all__ = ["contrast"]
 
@@ -59,7 +59,7 @@ def _mean_of_distinct(name: str, values: Tensor, weights: Tensor) -> Tensor:
     # Each point's weight beside those of all others, summed over them rather than one less it.
     others = 1 - torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
     total = _weighted_sum(others, weights, weights)
-    if not inside_transform() and not torch.compiler.is_compiling() and not (total > 0).all():
+    if has_values() and not (total > 0).all():
         raise ValueError(
             f"{name}: an unbiased estimate needs two points with weight in each cloud, got one; "
             "use unbiased=False"

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from bayesattn.autocasting import full_precision
 from bayesattn.divergences.point_clouds import Weights, weighted_clouds
+from bayesattn.divergences.value_checks import has_values
 
 __all__ = ["SlicedWasserstein", "random_directions", "sliced_wasserstein", "wasserstein_on_a_line"]
 
@@ -150,4 +151,8 @@ class SlicedWasserstein:
         directions = self.directions
         if directions is None:
             directions = random_directions(self.num_projections, query.shape[-1], self.seed)
+        if query.device.type == "cuda" and directions.device.type == "cpu" and has_values():
+            # From pinned memory, so that nothing waits.
+            wide = directions.to(torch.promote_types(query.dtype, torch.float32))
+            directions = wide.pin_memory().to(query.device, non_blocking=True)
         return sliced_wasserstein(query, key, query_mask, key_mask, weights, directions=directions)

@@ -8,14 +8,19 @@ import torch
 
 from bayesattn.contraction import inside_transform
 
-__all__ = ["known_values", "looks_at_values"]
+__all__ = ["has_values", "known_values", "looks_at_values"]
 
 _ARE_KNOWN = ContextVar("masks and weights are known to be right", default=False)
 
 
+def has_values() -> bool:
+    """Whether tensors have values, neither compiled nor inside a transform of ``torch.func``."""
+    return not (inside_transform() or torch.compiler.is_compiling())
+
+
 def looks_at_values() -> bool:
-    """Whether values can be looked at, and are not known to be right."""
-    return not (inside_transform() or torch.compiler.is_compiling() or _ARE_KNOWN.get())
+    """Whether there are values, and masks and weights are not known to be right."""
+    return has_values() and not _ARE_KNOWN.get()
 
 
 @contextmanager

@@ -53,7 +53,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def by(normalization: Normalization | None, route: str) -> Attend:
     """Attention by one normalization and route."""
-    return lambda q, k, v: attention(q, k, v, normalization=normalization, route=route)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        chosen = None if normalization is None else normalization.to(query.device)
+        return attention(query, key, value, normalization=chosen, route=route)
+
+    return attend
 
 
 CONTESTANTS: dict[str, Attend] = {
