@@ -6,8 +6,8 @@ r"""How many components do heads share? A canonical polyadic decomposition with 
 The products of a trained layer's heads are known without noise, so :math:`\sigma` is no noise but a
 tolerance, and fixed: were it learned, it would fall to zero, and all components would be needed.
 Products are taken in units of their root mean square, so that a tolerance of .1 is a tenth of it.
-A mode of the density leaves more components than a law that has a width of its own, so that MAP is
-no way to a width.
+A mode of the density may leave many more components than a law that has a width of its own, so that
+MAP is no sure way to a width.
 
 Source:
     The decomposition: Cordonnier, Loukas and Jaggi (2020), arXiv:2006.16362; the model is ours.

@@ -93,3 +93,25 @@ def test_alignment_lowers_the_distance_and_moves_attention(tmp_path):
     assert found[-1][1] == pytest.approx(float(target.rstrip(",")), rel=0.15)
     means = [mean for _, mean in sorted(found)]
     assert means == sorted(means, reverse=True)
+
+
+@pytest.mark.slow
+def test_the_width_of_a_layer_is_inferred(tmp_path):
+    """By laws, particles that start there, and a chain; what short runs of SVI find is not asked."""
+    printed = run_quickly("inferred_width", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["inferred_width.png"]
+    lines = printed.splitlines()
+    for name in ("laws, ARD", "SVGD from laws", "NUTS over scales"):
+        row = next(line for line in lines if line.startswith(f"  {name}"))
+        fifth, sixth, error, _, *widths = row.removeprefix(f"  {name}").split()
+        assert widths == ["5", "(100%)"]
+        assert float(sixth) < 0.01 * float(fifth)
+        assert float(error) < 0.1
+    refitted, bound = (
+        [float(cell) for cell in line.removeprefix(start).split()]
+        for start in ("  refitted", "  lower bound")
+        for line in lines
+        if line.startswith(start)
+    )
+    assert all(low <= high for low, high in zip(bound, refitted, strict=True))
+    assert refitted[4] < 0.1 < 0.15 < refitted[3]
