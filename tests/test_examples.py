@@ -97,7 +97,7 @@ def test_alignment_lowers_the_distance_and_moves_attention(tmp_path):
 
 @pytest.mark.slow
 def test_the_width_of_a_layer_is_inferred(tmp_path):
-    """By laws, particles that start there, and a chain; what short runs of SVI find is not asked."""
+    """By laws, particles that start there, and a chain; short runs of SVI are not asked."""
     printed = run_quickly("inferred_width", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["inferred_width.png"]
     lines = printed.splitlines()
