@@ -5,7 +5,7 @@ r"""Sweeps of alternating least squares that fit shared projections to the produ
 
 Each of the three is the solution of normal equations in the two others, whose right-hand sides are
 made of :math:`W_{Q,h} A^\top` and :math:`W_{K,h} B^\top`: the products of the heads are never
-formed. A sweep takes :math:`8 H d D \tilde D` operations beside two solutions of width
+formed. A sweep takes :math:`10 H d D \tilde D` operations beside two solutions of width
 :math:`\tilde D`.
 
 Source:

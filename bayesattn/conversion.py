@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bayesattn.argument_checks import check_type
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
 from bayesattn.conversion_report import ConversionReport
 from bayesattn.multihead import MultiheadAttention
@@ -59,17 +60,20 @@ def convert(
     Args:
         model: Any module with attention layers; see :func:`bayesattn.networks.attention_layers`.
         projections: ``Collaborative(width)`` or :class:`CollaborativeFit` to share them;
-            :class:`Separate` to give each head its own again. As they are if None.
+            :class:`Separate` to give each head its own again, where they are shared. As they are
+            if None.
         normalization: For layers of PyTorch and ours. As it is if None.
         logits: Likewise.
         layers: Names of the layers to convert; all if None.
         copy: Leave the model as it is, and convert a copy.
 
     Raises:
+        TypeError: If the model is no module, or a choice of projections none of these.
         ValueError: If nothing is asked for, the model has no such layer, or one cannot be converted
             (says which and why).
     """
     choices = {"projections": projections, "normalization": normalization, "logits": logits}
+    check_type("model", model, nn.Module)
     if all(choice is None for choice in choices.values()):
         raise ValueError(f"convert: expected one of {', '.join(choices)}, got none")
     model = copying.deepcopy(model) if copy else model
@@ -82,6 +86,8 @@ def convert(
         }
         model = _replaced(model, found, modules)
         found = _chosen(model, layers)
+    if isinstance(projections, Separate) and layers is None:
+        found = _sharing(found)
     if projections is not None:
         modules, report = converted_projections(found, projections)
         model = _replaced(model, found, modules)
@@ -91,7 +97,11 @@ def convert(
 def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, AttentionLayer]:
     found = attention_layers(model)
     if not found:
-        raise ValueError("model: expected attention layers, found none")
+        raise ValueError(
+            "model: expected attention layers of PyTorch, of ours, or of Hugging Face's BERT, "
+            "RoBERTa, DistilBERT, ALBERT, ViT or GPT-2, found none; others can be registered, see "
+            "bayesattn.networks.register_attention_layer"
+        )
     if names is None:
         return found
     if isinstance(names, str):
@@ -103,6 +113,17 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Attentio
             f"got {', '.join(map(repr, unknown)) or 'none'}"
         )
     return {name: found[name] for name in names}
+
+
+def _sharing(layers: dict[str, AttentionLayer]) -> dict[str, AttentionLayer]:
+    """Those whose projections are shared, or all where none are, which are then refused."""
+    sharing = {
+        name: layer
+        for name, layer in layers.items()
+        if not isinstance(layer.kind.exchange, str)
+        and layer.kind.exchange.shared(layer.module) is not None
+    }
+    return sharing or layers
 
 
 def _with_choices(

@@ -1,5 +1,6 @@
 """What sharing projections did to each layer: its error, and what it costs before and after."""
 
+import math
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -30,7 +31,7 @@ class LayerReport(NamedTuple):
     Attributes:
         width: Components before and after; heads times their width where they are not shared.
         relative_error: Of all heads' products of query and key weights, or of the logits of given
-            tokens; 0 where the layer started afresh.
+            tokens; NaN where the layer started afresh.
         lower_bound: Below which no projections of this width come.
         head_errors: Of each head.
         before: Cost.
@@ -56,8 +57,7 @@ class ConversionReport(dict[str, LayerReport]):
             (
                 name or "(model)",
                 f"{layer.width[0]} -> {layer.width[1]}",
-                f"{layer.relative_error:.2e}",
-                f"{layer.lower_bound:.2e}",
+                *(_error(error) for error in (layer.relative_error, layer.lower_bound)),
                 _change(layer.before.parameters, layer.after.parameters),
                 _change(layer.before.logit_flops, layer.after.logit_flops),
                 _change(layer.before.cached_floats, layer.after.cached_floats),
@@ -81,6 +81,10 @@ class ConversionReport(dict[str, LayerReport]):
             )
             for row in table
         )
+
+
+def _error(error: float) -> str:
+    return "new" if math.isnan(error) else f"{error:.2e}"
 
 
 def _change(before: int, after: int) -> str:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count
+
 __all__ = ["KeyValueCache"]
 
 
@@ -73,18 +75,21 @@ class KeyValueCache:
         Raises:
             ValueError: If there are not so many.
         """
-        if not 0 <= length <= self.length:
+        if check_count("length", length, least=0) > self.length:
             raise ValueError(f"length: expected 0 to {self.length}, got {length}")
         self.length = length
+        if length == 0:
+            # Another batch may come.
+            self._key = self._value = None
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         for name, old, new in (("key", self._key, key), ("value", self._value, value)):
             assert old is not None
             expected, got = _without_tokens(old), _without_tokens(new)
-            if expected != got:
+            if expected != got or old.dtype != new.dtype:
                 raise ValueError(
-                    f"cache: expected a {name} of batch, heads and width {expected}, got {got}; "
-                    "each layer needs a cache of its own"
+                    f"cache: expected a {name} of batch, heads and width {expected} in "
+                    f"{old.dtype}, got {got} in {new.dtype}; each layer needs a cache of its own"
                 )
 
 
@@ -96,7 +101,7 @@ def _grown(room: Tensor | None, new: Tensor, length: int) -> Tensor:
     needed = length + new.shape[-2]
     if torch.is_grad_enabled() and (new.requires_grad or (room is not None and room.requires_grad)):
         return new if room is None else torch.cat([room[..., :length, :], new], -2)
-    if room is None or room.shape[-2] < needed or room.dtype != new.dtype or room.requires_grad:
+    if room is None or room.shape[-2] < needed or room.requires_grad:
         shape = (*new.shape[:-2], max(needed, 2 * length), new.shape[-1])
         larger = new.new_empty(shape)
         if room is not None:

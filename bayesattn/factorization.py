@@ -19,13 +19,19 @@ from torch import Tensor
 
 from bayesattn.accelerated_sweeps import best_fit
 from bayesattn.alternating_least_squares import Factors, HeadProducts
+from bayesattn.argument_checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_type,
+)
 from bayesattn.autocasting import full_precision
 from bayesattn.factor_errors import lower_bounds, nested_errors, residual_errors
 from bayesattn.factor_gauge import balanced, by_energy
 from bayesattn.factor_starts import START_NAMES, start_factors
-from bayesattn.weighed_products import weighed_products
+from bayesattn.token_weighting import weighed_products
 
-__all__ = ["Factorization", "factorize"]
+__all__ = ["Factorization", "factorize", "product_errors"]
 
 Number = float | int
 
@@ -42,7 +48,7 @@ class Factorization(NamedTuple):
         mixing: Of each head.
         key_weight: Of keys.
         relative_error: Frobenius norm of all heads' residuals, over that of their products; or of
-            the logits of tokens with the given moments. Before weights are rounded to their type.
+            the logits of tokens with the given moments. Of weights rounded to their type.
         head_errors: Of each head.
         lower_bound: Below which no relative error of this width comes.
         nested_errors: Relative error by the first component, the first two, and so on.
@@ -136,10 +142,12 @@ def factorize(
         seed: Of the random and algebraic starts; global random state is not touched.
 
     Raises:
-        ValueError: If shapes, sizes or names do not fit, weights or moments are not finite, or
-            moments are none.
+        TypeError: If weights are no tensors.
+        ValueError: If shapes, types, sizes or names do not fit, weights or moments are not finite,
+            or moments are none.
     """
-    _check(width, start, num_restarts, num_iterations)
+    check_type("query_weight", query_weight, Tensor)
+    _check(width, start, num_restarts, num_iterations, tolerance)
     with full_precision(query_weight):
         weighed = weighed_products(query_weight, key_weight, query_moment, key_moment)
         products = weighed.products
@@ -149,13 +157,14 @@ def factorize(
         starts = list(_starts(products, width, names, num_restarts, seed))
         fit = best_fit(products, starts, num_iterations, float(tolerance))
         found = by_energy(fit.factors)
-        relative, by_head = residual_errors(products, found)
         nested = nested_errors(products, found)
-        nested[:, -1] = relative
         bounds = lower_bounds(products)
-        bound = bounds[:, width - 1] if width <= bounds.shape[1] else torch.zeros_like(relative)
+        bound = bounds[:, width - 1] if width <= bounds.shape[1] else bounds.new_zeros(len(bounds))
         factors = weighed.rescaled(balanced(weighed.unweighed(found), query_weight.shape[-2]))
-    weights = [part.to(query_weight.dtype) for part in factors]
+    weights = Factors(*(part.to(query_weight.dtype) for part in factors))
+    # Of what is returned, rounded as it is; in float64, which autocast leaves alone.
+    relative, by_head = residual_errors(products, weighed.weighed(weights))
+    nested[:, -1] = relative
     parts = (*weights, relative, by_head, bound, nested, fit.history)
     batch = query_weight.shape[:-3]
     shaped = [part.reshape((*batch, *part.shape[1:])) for part in parts]
@@ -184,13 +193,38 @@ def _starts(
                 )
 
 
-def _check(width: int, start: str, num_restarts: int, num_iterations: int) -> None:
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    if num_restarts < 1:
-        raise ValueError(f"num_restarts: expected at least 1, got {num_restarts}")
-    if num_iterations < 0:
-        raise ValueError(f"num_iterations: expected none or more, got {num_iterations}")
-    if start not in (*START_NAMES, "best"):
-        names = ", ".join(map(repr, (*START_NAMES, "best")))
-        raise ValueError(f"start: expected one of {names}, got {start!r}")
+def product_errors(
+    query_weight: Float[Tensor, "..."],
+    key_weight: Float[Tensor, "..."],
+    factors: Factors,
+    *,
+    query_moment: Float[Tensor, "..."] | None = None,
+    key_moment: Float[Tensor, "..."] | None = None,
+) -> tuple[Float[Tensor, "*layer"], Float[Tensor, "*layer head"]]:
+    """Relative errors, and those of heads, of any shared projections.
+
+    Args:
+        query_weight: As for :func:`factorize`.
+        key_weight: Likewise.
+        factors: Shared projections of as many layers.
+        query_moment: As for :func:`factorize`.
+        key_moment: Likewise.
+
+    Raises:
+        ValueError: As :func:`factorize` does.
+    """
+    weighed = weighed_products(query_weight, key_weight, query_moment, key_moment)
+    batch = query_weight.shape[:-3]
+    flat = Factors(*(part.reshape(-1, *part.shape[len(batch) :]) for part in factors))
+    relative, by_head = residual_errors(weighed.products, weighed.weighed(flat))
+    return relative.reshape(batch), by_head.reshape(*batch, -1)
+
+
+def _check(
+    width: int, start: str, num_restarts: int, num_iterations: int, tolerance: Number
+) -> None:
+    check_count("width", width)
+    check_count("num_restarts", num_restarts)
+    check_count("num_iterations", num_iterations, least=0)
+    check_not_negative("tolerance", tolerance)
+    check_choice("start", start, (*START_NAMES, "best"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from bayesattn.argument_checks import check_type
 from bayesattn.attention_choices import (
     LogitsFunction,
     NormalizationFunction,
@@ -135,6 +136,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
+        if projections is not None:
+            check_type("projections", projections, Collaborative)
         if projections is not None and add_bias_kv:
             raise ValueError(
                 "add_bias_kv: expected False with projections=, since a learned key is one head's"
@@ -198,6 +201,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 "logits: expected None for heads that share projections with content vectors, "
                 f"which are those of the dot product, got {logits!r}"
+            )
+        if (
+            shared is not None
+            and shared.key_content is not None
+            and shared.query_content is None
+            and mixes_queries(normalization)
+        ):
+            raise ValueError(
+                "normalization: expected one over keys alone for heads that share projections "
+                f"without a bias of keys, which it would see, got {normalization!r}; convert "
+                "projections and normalization at once, or the normalization first"
             )
         layer = cls.empty_like(module, None if shared is None else Collaborative(shared.width))
         layer.projections = shared
@@ -319,6 +333,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = sequence_sizes(query, key, value, widths, batch_first=self.batch_first)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         mixes = mixes_queries(self.normalization)
+        if cache is not None:
+            check_type("cache", cache, KeyValueCache)
         earlier = 0 if cache is None else cache.length
         if cache is not None and (mixes or appended):
             raise ValueError(

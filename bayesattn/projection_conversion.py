@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesattn.alternating_least_squares import Factors
+from bayesattn.argument_checks import check_choice, check_count, check_not_negative, check_type
 from bayesattn.conversion_report import ConversionReport, LayerCost, LayerReport
-from bayesattn.factorization import Factorization, factorize
-from bayesattn.head_decomposition import head_factors, truncated_heads
+from bayesattn.factor_starts import START_NAMES
+from bayesattn.factorization import Factorization, factorize, product_errors
+from bayesattn.heads_with_content import heads_apart
 from bayesattn.networks import AttentionLayer, InputMoments
 from bayesattn.networks.projection_exchange import Exchange, HeadProjections, read_projections
 from bayesattn.shared_projections import Collaborative, SharedProjections
@@ -25,6 +28,9 @@ from bayesattn.width_choice import width_for_error
 __all__ = ["CollaborativeFit", "Separate", "converted_projections"]
 
 Number = float | int
+
+# Errors are told to this part of themselves.
+_TOLD = 0.01
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class CollaborativeFit:
             :func:`bayesattn.networks.input_moments`.
 
     Raises:
-        ValueError: If there is neither a width nor an error, or both.
+        TypeError: If moments are no mapping.
+        ValueError: If there is neither a width nor an error, or both, or a setting is none.
     """
 
     width: int | Mapping[str, int] | None = None
@@ -60,14 +67,25 @@ class CollaborativeFit:
             )
         if self.start == "fresh" and self.width is None:
             raise ValueError("start: 'fresh' needs a width, got none")
+        widths = self.width if isinstance(self.width, Mapping) else {"": self.width}
+        for name, width in widths.items():
+            if width is not None:
+                check_count(f"width of layer '{name}'" if name else "width", width)
+        if self.error is not None:
+            check_not_negative("error", self.error)
+        check_choice("start", self.start, (*START_NAMES, "best", "fresh"))
+        check_count("num_iterations", self.num_iterations, least=0)
+        check_count("seed", self.seed, least=0)
+        if self.moments is not None:
+            check_type("moments", self.moments, Mapping)
 
 
 @dataclass(frozen=True)
 class Separate:
     """Each head has projections of its own again, as wide as before they were shared.
 
-    Where they were shared at fewer components than a head is wide times heads this is exact or not
-    as the heads' products have so low a rank; the report says at what error.
+    This is exact or not as the heads' products, with their content vectors, have so low a rank; the
+    report says at what error, content included.
     """
 
 
@@ -84,8 +102,10 @@ def converted_projections(
         For each layer what stands in its place, itself or another module; and reports.
 
     Raises:
+        TypeError: If the choice is none of these.
         ValueError: If a layer is refused (says which and why).
     """
+    check_type("projections", choice, Collaborative, CollaborativeFit, Separate)
     sources = {name: _Source(layer) for name, layer in layers.items()}
     if isinstance(choice, Separate):
         made = {name: _separated(source) for name, source in sources.items()}
@@ -98,7 +118,7 @@ def converted_projections(
         before = source.cost()
         if isinstance(new, SharedProjections):
             modules[name] = source.exchange.share(source.module, new)
-            after, width = _shared_cost(new), new.width
+            after, width = _shared_cost(new, source.exchange), new.width
         else:
             modules[name] = source.exchange.separate(source.module, new)
             after, width = _cost(new, len(new.query_weight)), _width(new)
@@ -133,6 +153,11 @@ class _Source:
         return self.module.get_parameter(self._layout["query"].weight.parameter)
 
     @property
+    def num_packed(self) -> int:
+        """How many projections PyTorch starts as one matrix."""
+        return 3 if getattr(self.module, "_qkv_same_embed_dim", False) else 1
+
+    @property
     def scale(self) -> float:
         """Factor of the logits."""
         if self.shared is None:
@@ -146,7 +171,7 @@ class _Source:
 
     def cost(self) -> LayerCost:
         if self.shared is not None:
-            return _shared_cost(self.shared)
+            return _shared_cost(self.shared, self.exchange)
         return _cost(self.heads, self._layout["key"].weight.num_heads)
 
     def content(self, role: str) -> Tensor | None:
@@ -163,6 +188,11 @@ def _shared(
         missing = [name for name in sources if name not in fit.width]
         if missing:
             raise ValueError(f"width: expected one for each layer, got none for {missing}")
+        unknown = [name for name in fit.width if name not in sources]
+        if unknown:
+            raise ValueError(
+                f"width: expected names among {', '.join(map(repr, sources))}, got {unknown}"
+            )
     # Layers of one size are factorized as a batch.
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, source in sources.items():
@@ -174,7 +204,7 @@ def _shared(
         for name, found in zip(
             names, _fitted([sources[n] for n in names], width, fit), strict=True
         ):
-            yield name, _filled(sources[name], found)
+            yield name, _filled(sources[name], found, fit)
 
 
 def _fitted(
@@ -183,6 +213,13 @@ def _fitted(
     """Of each layer its factorization, or its width if it is to start afresh."""
     if fit.start == "fresh" and width is not None:
         return [width] * len(sources)
+    for source in sources:
+        for role, weight in zip(("queries", "keys"), source.heads[:2], strict=True):
+            if not bool(weight.isfinite().all()):
+                raise ValueError(
+                    f"layer '{source.name}': expected finite weights of {role}, got some that are "
+                    "not"
+                )
     query = torch.stack([source.heads.query_weight.double() for source in sources])
     key = torch.stack([source.heads.key_weight.double() for source in sources])
     settings: dict[str, Any] = {"start": fit.start, "num_iterations": fit.num_iterations}
@@ -211,6 +248,12 @@ def _moments(
                     f"moments: expected those of layer '{source.name}', got none; was the model "
                     "called within input_moments?"
                 )
+            size = getattr(source.heads, f"{role}_weight").shape[-1]
+            if moment.shape != (size, size):
+                raise ValueError(
+                    f"moments: expected {size} x {size} for the {role} of layer '{source.name}', "
+                    f"got shape {tuple(moment.shape)}"
+                )
             moments.append(moment.to(device))
     return {f"{role}_moment": torch.stack(moments) for role, moments in given.items()}
 
@@ -223,7 +266,7 @@ def _of_layer(settings: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def _filled(
-    source: _Source, found: Factorization | int
+    source: _Source, found: Factorization | int, fit: CollaborativeFit
 ) -> tuple[SharedProjections, tuple[float, float, Tensor]]:
     query, key = source.heads[:2]
     width = found if isinstance(found, int) else found.query_weight.shape[-2]
@@ -235,6 +278,7 @@ def _filled(
         query.shape[1] if source.shared is None else source.shared.head_dim,
         query.shape[2],
         key.shape[2],
+        num_packed=source.num_packed,
         **{role: content is not None for role, content in contents.items()},
         device=like.device,
         dtype=like.dtype,
@@ -243,34 +287,36 @@ def _filled(
     with torch.no_grad():
         made.scale.fill_(source.scale)
         if isinstance(found, int):
-            return made, (0.0, 0.0, query.new_zeros(len(query)))
+            unknown = float("nan")
+            return made, (unknown, unknown, query.new_full((len(query),), unknown))
         for role, content in contents.items():
             if content is not None:
                 getattr(made, role).copy_(content)
         for role in ("query_weight", "key_weight", "mixing"):
             getattr(made, role).copy_(getattr(found, role))
-    return made, (float(found.relative_error), float(found.lower_bound), found.head_errors)
+        error, by_head = found.relative_error, found.head_errors
+        if torch.finfo(like.dtype).eps > _TOLD * float(error):
+            # Rounding to the layer's type is no small part of what is lost.
+            stored = Factors(made.query_weight, made.mixing, made.key_weight)
+            moments = _of_layer(_moments([source], fit, query.device), 0)
+            error, by_head = product_errors(query, key, stored, **moments)
+    return made, (float(error), float(found.lower_bound), by_head)
 
 
 def _separated(source: _Source) -> tuple[HeadProjections, tuple[float, float, Tensor]]:
     shared = source.shared
     if shared is None:
         raise ValueError(f"layer '{source.name}': expected shared projections, found none")
-    factors = head_factors(*(weight.double() for weight in source.heads[:2]))
-    query, key, error, head_errors = truncated_heads(factors, shared.head_dim)
-    biases = [
-        None if content is None else _bias(content.detach().double(), weight)
-        for content, weight in ((shared.key_content, key), (shared.query_content, query))
-    ]
+    query, key = (weight.double() for weight in source.heads[:2])
+    key_content, query_content = (
+        None if content is None else content.detach().double()
+        for content in (shared.key_content, shared.query_content)
+    )
+    apart = heads_apart(query, key, shared.head_dim, key_content, query_content)
     like = source.parameter
-    of_query, of_key = (None if bias is None else bias.to(like.dtype) for bias in biases)
-    made = HeadProjections(query.to(like.dtype), key.to(like.dtype), of_query, of_key)
-    return made, (float(error), float(error), head_errors)
-
-
-def _bias(content: Tensor, weight: Tensor) -> Tensor:
-    """The bias of the other side that gives content vectors, as nearly as there is one."""
-    return torch.linalg.lstsq(weight.mT, content[..., None]).solution[..., 0]
+    made = (None if part is None else part.to(like.dtype) for part in apart[:4])
+    error, head_errors = apart.relative_error, apart.head_errors
+    return HeadProjections(*made), (float(error), float(error), head_errors)  # type: ignore[arg-type]
 
 
 def _width(heads: HeadProjections) -> int:
@@ -287,11 +333,11 @@ def _cost(heads: HeadProjections, num_key_heads: int) -> LayerCost:
     return LayerCost(weights + biases, 2 * weights, 2 * num_heads * dim, num_key_heads * dim)
 
 
-def _shared_cost(shared: SharedProjections) -> LayerCost:
+def _shared_cost(shared: SharedProjections, exchange: Exchange) -> LayerCost:
     projected = shared.packed_query_weight().numel() + shared.packed_key_weight().numel()
     return LayerCost(
         sum(parameter.numel() for parameter in shared.parameters()),
-        2 * projected + shared.mixing.numel(),
+        2 * (projected + shared.mixing.numel()),
         2 * shared.num_heads * shared.key_features,
-        shared.key_features,
+        exchange.cached_features(shared),
     )

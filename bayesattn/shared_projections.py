@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bayesattn.argument_checks import check_count
+
 __all__ = ["Collaborative", "SharedProjections", "block_mixing"]
 
 Number = float | int
@@ -33,14 +35,13 @@ class Collaborative:
         width: Number of shared components, in place of heads times width of a head.
 
     Raises:
-        ValueError: If the width is not positive.
+        ValueError: If the width is no whole number, or not positive.
     """
 
     width: int
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width: expected a positive number of components, got {self.width}")
+        check_count("width", self.width)
 
 
 def block_mixing(
@@ -109,8 +110,7 @@ class SharedProjections(nn.Module):
         sizes = {"num_heads": num_heads, "width": width, "head_dim": head_dim}
         sizes |= {"query_dim": query_dim, "key_dim": key_dim, "num_packed": num_packed}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected a positive size, got {size}")
+            check_count(name, size)
         self.num_heads, self.width, self.head_dim = num_heads, width, head_dim
         self._num_packed = num_packed
 

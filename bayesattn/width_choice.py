@@ -7,11 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.alternating_least_squares import HeadProducts
+from bayesattn.argument_checks import check_not_negative, check_type
 from bayesattn.autocasting import full_precision
 from bayesattn.factor_errors import lower_bounds, over
 from bayesattn.factorization import Factorization, factorize
 from bayesattn.head_decomposition import head_factors
-from bayesattn.weighed_products import weighed_products
+from bayesattn.token_weighting import weighed_products
 
 __all__ = ["width_for_error"]
 
@@ -43,8 +44,8 @@ def width_for_error(
     Raises:
         ValueError: If the error is negative, or as for :func:`bayesattn.factorize`.
     """
-    if not error >= 0:
-        raise ValueError(f"error: expected none or more, got {error}")
+    check_not_negative("error", error)
+    check_type("query_weight", query_weight, Tensor)
     if query_weight.ndim != 3:
         raise ValueError(
             "query_weight: expected 'head dim feature' of one layer, got "

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count
 from bayesattn.inference.ascent_run import AscentRun, AscentState
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.closed_forms import check_closed_forms
 from bayesattn.inference.initialization import Init, initial_values
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import DensityOptions, Routine, check_count
+from bayesattn.inference.routine import DensityOptions, Routine
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.step_loop import StepLoop

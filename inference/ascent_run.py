@@ -96,7 +96,8 @@ class AscentRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where a state was taken."""
         self.state = AscentState(
-            tuple({n: v.to(self.device) for n, v in run.items()} for run in state["runs"])
+            # Copied, since tensors of a file may lie in memory so that products round otherwise.
+            tuple({n: v.to(self.device).clone() for n, v in run.items()} for run in state["runs"])
         )
 
     def figures(self, info: Any) -> dict[str, float]:
@@ -138,7 +139,7 @@ class AscentRun:
 
 
 def _laid_out(state: AscentState) -> AscentState:
-    """The same in one layout of memory, as it comes from a file, so that all rounding is equal."""
+    """The same in one layout of memory, as a file keeps it, so that all rounding is equal."""
     return AscentState(
         tuple({name: value.contiguous() for name, value in run.items()} for run in state.runs)
     )

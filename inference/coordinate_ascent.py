@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count
 from bayesattn.inference.ascent import Ascent
 from bayesattn.inference.ascent_run import AscentState, rounding
 from bayesattn.inference.checkpoints import Checkpoint
 from bayesattn.inference.initialization import Init
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import check_count
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from bayesattn.argument_checks import check_count, check_positive
 from bayesattn.inference.head_diffusion import SteinDiffusion
 from bayesattn.inference.head_forces import HeadForce
 from bayesattn.inference.learning_rates import LearningRates
-from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.kernels import Kernel
 from bayesattn.networks import HeadPartition

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.inference.directions import DirectionParts, stein_direction
 from bayesattn.inference.head_forces import SteinForce, check_kernel
 from bayesattn.inference.head_motion import HeadMotion
 from bayesattn.inference.langevin import Noise, diffusion
-from bayesattn.inference.routine import check_choice, check_count, check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.kernels import RBF, Kernel, Terms
 

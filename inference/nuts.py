@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.inference.chain_processes import can_fork, in_processes
 from bayesattn.inference.checkpoints import (
     Checkpoint,
@@ -39,13 +40,7 @@ from bayesattn.inference.markov_chain import (
     sample_chain,
 )
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import (
-    DensityOptions,
-    Routine,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from bayesattn.inference.routine import DensityOptions, Routine
 from bayesattn.inference.running import (
     ConvergenceWarning,
     Progress,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from bayesattn.argument_checks import check_positive
 from bayesattn.inference.diffusion_state import DiffusionState, Phase
 from bayesattn.inference.head_checks import (
     check_method,
@@ -37,7 +38,6 @@ from bayesattn.inference.head_forces import CircuitForce, HeadForce, SteinForce
 from bayesattn.inference.head_motion import HeadMotion, Move, RepulsionInfo, forced
 from bayesattn.inference.head_priors import HeadPrior
 from bayesattn.inference.learning_rates import LearningRates
-from bayesattn.inference.routine import check_positive
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.step_noise import StepNoise
 from bayesattn.networks import (

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import numbers
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
@@ -16,7 +14,7 @@ from bayesattn.inference.compilation import Compile, resolved_mode
 from bayesattn.inference.log_density import DensitySettings, LogDensity
 from bayesattn.inference.posterior import Posterior
 
-__all__ = ["DensityOptions", "Routine", "check_choice", "check_count", "check_positive"]
+__all__ = ["DensityOptions", "Routine"]
 
 
 class DensityOptions(TypedDict, total=False):
@@ -89,42 +87,6 @@ class Routine:
         own = inspect.signature(type(self).__init__).parameters.values()
         named = [p.name for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
         return [*named, *DensityOptions.__annotations__]
-
-
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """Return a whole number.
-
-    Raises:
-        ValueError: If it is none, or below ``least``.
-    """
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or whole < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
-    return whole
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is not a positive number.
-
-    Raises:
-        ValueError: With the name and what came.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < float(value) < float("inf"):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse what is not one of some words.
-
-    Raises:
-        ValueError: With the name, the words and what came.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _keyword_only(function: Callable) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.coordinates import Affine
 from bayesattn.inference.frozen_kernels import tensors_of, with_tensors
@@ -26,13 +27,7 @@ from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.metrics import MetricChoice
 from bayesattn.inference.particle_views import ParticleView
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import (
-    DensityOptions,
-    Routine,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from bayesattn.inference.routine import DensityOptions, Routine
 from bayesattn.inference.running import Watched
 from bayesattn.inference.schedules import Number
 from bayesattn.inference.stein import SVGDInfo

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count
 from bayesattn.inference.checkpoints import (
     Checkpoint,
     CheckpointFile,
@@ -25,7 +26,6 @@ from bayesattn.inference.checkpoints import (
 )
 from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import check_count
 from bayesattn.inference.running import (
     NonFiniteError,
     NonFiniteWatch,

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.inference import stein
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.coordinates import Affine, check_hessians, identity, laplace
@@ -30,13 +31,7 @@ from bayesattn.inference.metrics import MetricChoice, chosen_metric
 from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
 from bayesattn.inference.particle_views import ParticleView, PlateParticles, WholeParticles
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import (
-    DensityOptions,
-    Routine,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from bayesattn.inference.routine import DensityOptions, Routine
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
 from bayesattn.inference.step_loop import StepLoop

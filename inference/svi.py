@@ -21,6 +21,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
+from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.inference.checkpoints import Checkpoint, resumed_seed
 from bayesattn.inference.convergence import run_problems
 from bayesattn.inference.density_fit import DensityFit
@@ -31,13 +32,7 @@ from bayesattn.inference.log_density import LogDensity
 from bayesattn.inference.optimizers import Optimizer, ScheduledOptimizer, check_optimizer
 from bayesattn.inference.posterior import Posterior
 from bayesattn.inference.program_fit import ProgramFit
-from bayesattn.inference.routine import (
-    DensityOptions,
-    Routine,
-    check_choice,
-    check_count,
-    check_positive,
-)
+from bayesattn.inference.routine import DensityOptions, Routine
 from bayesattn.inference.running import ConvergenceWarning, NonFiniteError, resolve_seed
 from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.step_loop import StepLoop

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count, check_positive
 from bayesattn.inference.convergence import smallest_effective_size
 from bayesattn.inference.posterior import Posterior
-from bayesattn.inference.routine import check_count, check_positive
 from bayesattn.inference.running import ConvergenceWarning
 from bayesattn.inference.schedules import Number
 

@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesattn.argument_checks import check_count
+
 __all__ = ["check_sentences", "check_settings"]
+
+_NUMBERS = (float, int | float)
 
 
 def check_settings(model: Any) -> None:
-    """Check that all numbers among the fields of a dataclass are positive.
+    """Check that all numbers among the fields of a dataclass are numbers, and positive.
 
     Raises:
         ValueError: If one is not.
@@ -19,6 +23,11 @@ def check_settings(model: Any) -> None:
         value = getattr(model, field.name)
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{field.name} must be positive, got {value}")
+        if field.type is int:
+            check_count(field.name, value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type in _NUMBERS and not is_number:
+            raise ValueError(f"{field.name} must be a positive number, got {value!r}")
 
 
 def check_sentences(

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from bayesattn.argument_checks import check_type
 from bayesattn.models.checks import check_settings
 from bayesattn.models.component_scales import AutomaticRelevance, ComponentScales, Horseshoe
 from bayesattn.models.component_summaries import COMPONENT_DIMS, note_components, note_logits
@@ -50,6 +51,7 @@ class MarginalComponents:
     share: int | float = 0.01
 
     def __post_init__(self) -> None:
+        check_type("scales", self.scales, ComponentScales)
         check_settings(self)
 
     @property
@@ -119,6 +121,7 @@ class ComponentScalesAlone:
     share: int | float = 0.01
 
     def __post_init__(self) -> None:
+        check_type("scales", self.scales, ComponentScales)
         check_settings(self)
 
     @property
@@ -145,15 +148,17 @@ class ComponentScalesAlone:
             query_weight: Of a layer's queries.
             key_weight: Of its keys, as wide.
             query_component: Directions of the components, such as those of
-                :func:`bayesattn.factorize`; none may be zero.
+                :func:`bayesattn.factorize`. One with a row of zeros takes no part.
             key_component: Likewise.
             query_tokens: What asks, for ``logits``; with ``key_tokens`` or not at all.
             key_tokens: What is asked.
 
         Raises:
-            ValueError: If the weights are not of the same heads and widths.
+            ValueError: If the weights are not of the same heads and widths, or the components not
+                of the same number and of the weights' features.
         """
         products = scaled_products(query_weight, key_weight)
+        _check_rows(query_component, key_component, products)
         scale = self.scales.sample(pyro.plate("component", query_component.shape[0]))
         sides = _usual_rows(query_component, scale), _usual_rows(key_component, scale)
         mixing = _observe(products, sides, scale, self.tolerance, self.share)
@@ -202,4 +207,19 @@ def _usual_rows(
     rows: Float[Tensor, "component size"], scale: Float[Tensor, " component"]
 ) -> Float[Tensor, "component size"]:
     length = scale * rows.shape[-1] ** 0.5
-    return rows * (length / rows.norm(dim=-1))[:, None]
+    norms = rows.norm(dim=-1)
+    return rows * (length / torch.where(norms > 0, norms, 1.0))[:, None]
+
+
+def _check_rows(query: Tensor, key: Tensor, products: ScaledProducts) -> None:
+    sizes = products.query.shape[-1], products.key.shape[-1]
+    if (
+        query.ndim != 2
+        or key.ndim != 2
+        or len(query) != len(key)
+        or (query.shape[-1], key.shape[-1]) != sizes
+    ):
+        raise ValueError(
+            f"query_component, key_component: expected as many rows of {sizes[0]} and of "
+            f"{sizes[1]} features, got shapes {tuple(query.shape)} and {tuple(key.shape)}"
+        )

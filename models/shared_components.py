@@ -23,6 +23,7 @@ from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from bayesattn.argument_checks import check_type
 from bayesattn.factorization import factorize
 from bayesattn.models.checks import check_settings
 from bayesattn.models.component_laws import SIDES, MeanFieldComponents
@@ -50,7 +51,8 @@ class SharedComponents:
     :class:`bayesattn.inference.CoordinateAscent`.
 
     Attributes:
-        num_components: Most components; a fifth more than are thought to be needed.
+        num_components: Most components; a fifth more than are thought to be needed. Where the
+            width comes out as large, more are needed, or more steps.
         scales: Prior of the scales.
         tolerance: Standard deviation of each entry, in units of the products' root mean square.
         share: Of the largest energy, above which a component counts.
@@ -62,6 +64,7 @@ class SharedComponents:
     share: int | float = 0.01
 
     def __post_init__(self) -> None:
+        check_type("scales", self.scales, ComponentScales)
         check_settings(self)
 
     @property

@@ -364,6 +364,41 @@ def test_float32_keeps_its_type_and_tells_errors_truly(shareable):
     assert half.mixing.dtype == torch.bfloat16
 
 
+def test_errors_are_of_what_is_returned_in_a_narrow_type(heads):
+    query, key = (side.bfloat16() for side in heads())
+    found = factorize(query, key, HEADS * DIM)
+    exact = dense(query.double(), key.double())
+    error = norm(rebuilt([part.double() for part in found[:3]]) - exact) / norm(exact)
+    torch.testing.assert_close(found.relative_error, error, rtol=1e-3, atol=1e-6)
+    assert error > 1e-4
+
+
+def test_moments_of_zeros_weigh_all_alike(heads):
+    query, key = heads()
+    zeros = {"query_moment": torch.zeros(QUERY, QUERY), "key_moment": torch.zeros(KEY, KEY)}
+    found, plain = factorize(query, key, 5, **zeros), factorize(query, key, 5)
+    torch.testing.assert_close(rebuilt(found), rebuilt(plain))
+
+
+def test_an_error_budget_of_weighed_errors(heads, generator):
+    """Mutants: bounds, or errors of heads apart, that are not weighed."""
+    query, key = heads()
+    tokens = torch.randn(500, QUERY, generator=generator) * torch.linspace(3, 0, QUERY).exp()
+    settings = {"query_moment": tokens.mT @ tokens / 500, "num_iterations": 20}
+    found = width_for_error(query, key, 0.2, **settings)
+    width = len(found.query_weight)
+    assert found.relative_error <= 0.2
+    assert factorize(query, key, width - 1, **settings).relative_error > 0.2
+    assert width < len(width_for_error(query, key, 0.2, num_iterations=20).query_weight)
+
+
+def test_an_error_budget_is_met_where_chance_finds_less_than_heads_apart(heads):
+    query, key = heads()
+    found = width_for_error(query, key, 0.05, start="random", num_iterations=0)
+    assert found.relative_error <= 0.05
+    assert found.starts == ("heads",)
+
+
 def test_an_error_budget_gets_the_smallest_width_that_was_found(shareable):
     query, key = shareable(9)
     found = width_for_error(query, key, 1e-6)
@@ -373,7 +408,7 @@ def test_an_error_budget_gets_the_smallest_width_that_was_found(shareable):
     assert budget.query_weight.shape[0] < 9
     narrower = factorize(query, key, budget.query_weight.shape[0] - 1)
     assert narrower.relative_error > 0.4
-    with pytest.raises(ValueError, match=r"error: expected none or more, got -0\.1"):
+    with pytest.raises(ValueError, match=r"error must be a number, not negative, got -0\.1"):
         width_for_error(query, key, -0.1)
     with pytest.raises(ValueError, match="of one layer"):
         width_for_error(query[None], key[None], 0.1)
@@ -411,14 +446,20 @@ def test_weights_of_zeros_and_single_entries(heads):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 0}, "width: expected at least 1, got 0"),
+        ({"width": 0}, "width must be a whole number, at least 1, got 0"),
         (
             {"start": "svd"},
-            "start: expected one of 'heads', 'algebraic', 'random', 'best', got 'svd'",
+            "start must be one of 'heads', 'algebraic', 'random', 'best', got 'svd'",
         ),
-        ({"num_restarts": 0}, "num_restarts: expected at least 1, got 0"),
-        ({"num_iterations": -1}, "num_iterations: expected none or more, got -1"),
+        ({"num_restarts": 0}, "num_restarts must be a whole number, at least 1, got 0"),
+        ({"num_iterations": -1}, "num_iterations must be a whole number, at least 0, got -1"),
         ({"width": 12, "start": "algebraic"}, "needs a width of at most the number of features 11"),
+        ({"tolerance": float("nan")}, "tolerance must be a number, not negative, got nan"),
+        ({"width": 2.5}, "width must be a whole number"),
+        (
+            {"query_weight": torch.ones(3, 5, 11, dtype=torch.int64)},
+            "query_weight: expected real floating-point numbers, got torch.int64",
+        ),
         ({"query_moment": torch.eye(3)}, "query_moment: expected 11 x 11, got shape"),
         ({"key_moment": torch.full((13, 13), torch.nan)}, "key_moment: expected finite values"),
         ({"key_moment": torch.ones(13, 13).triu()}, "key_moment: expected a symmetric matrix"),
@@ -437,6 +478,7 @@ def test_weights_of_zeros_and_single_entries(heads):
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_refuses(heads, settings, message):
     query, key = heads()
     arguments = {"query_weight": query, "key_weight": key, "width": 4} | settings

@@ -351,11 +351,11 @@ def test_compiles_as_one_graph(make, generator):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="width: expected a positive number of components, got 0"):
+    with pytest.raises(ValueError, match="width must be a whole number, at least 1, got 0"):
         Collaborative(0)
     with pytest.raises(ValueError, match="add_bias_kv: expected False"):
         MultiheadAttention(6, 3, add_bias_kv=True, projections=Collaborative(4))
-    with pytest.raises(ValueError, match="head_dim: expected a positive size, got 0"):
+    with pytest.raises(ValueError, match="head_dim must be a whole number, at least 1, got 0"):
         SharedProjections(3, 4, 0, 6)
 
 

@@ -58,6 +58,10 @@ class LinearExchange:
         """Never: the softmax is theirs."""
         return False
 
+    def cached_features(self, shared: SharedProjections) -> int:
+        """Filled up to whole heads."""
+        return PackedKeys(shared).out_features
+
     def share(self, module: nn.Module, shared: SharedProjections) -> nn.Module:
         """Put shared maps in the places of queries' and keys'."""
         names, inner = self._parts(module)
@@ -109,6 +113,10 @@ class GPT2Exchange:
     def mixes_queries(self, module: Any) -> bool:
         """Never: the softmax is theirs."""
         return False
+
+    def cached_features(self, shared: SharedProjections) -> int:
+        """Filled up to whole heads."""
+        return PackedKeys(shared).out_features
 
     def share(self, module: Any, shared: SharedProjections) -> nn.Module:
         """Put shared maps beside that of values, and let the layer cut where they end."""

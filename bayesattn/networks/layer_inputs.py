@@ -46,13 +46,14 @@ class InputMoments:
     def add(
         self,
         query: Float[Tensor, "batch query query_feature"],
-        key: Float[Tensor, "batch key key_feature"],
+        key: Float[Tensor, "batch key key_feature"] | None,
         query_mask: Bool[Tensor, "batch query"],
         key_mask: Bool[Tensor, "batch key"],
     ) -> None:
-        """Add the tokens of one call."""
+        """Add the tokens of one call; no keys where a cache has all."""
         self.query_count += self._add("query", query, query_mask)
-        self.key_count += self._add("key", key, key_mask)
+        if key is not None:
+            self.key_count += self._add("key", key, key_mask)
 
     def _add(self, role: str, tokens: Tensor, mask: Tensor) -> int:
         rows = tokens.detach()[mask].double()
@@ -81,7 +82,7 @@ def input_moments(model: nn.Module) -> Iterator[dict[str, InputMoments]]:
         By the layers' names, what came so far. Of padding nothing comes, nor of tokens that another
         token's cache holds.
     """
-    pending: dict[str, list[Tensor]] = {}
+    pending: dict[str, list[Any]] = {}
     found: dict[str, InputMoments] = {}
 
     def keep(name: str, call: AttentionCall) -> None:
@@ -90,9 +91,11 @@ def input_moments(model: nn.Module) -> Iterator[dict[str, InputMoments]]:
             return
         query, key = given
         query_mask, key_mask = (mask.any(1) for mask in call.cloud_masks())
-        # Of cached keys the last are those of this call; what a layer appends comes after them.
-        earlier = key_mask.shape[1] - key.shape[1] - _num_appended(layers[name].module)
-        found[name].add(query, key, query_mask, key_mask.narrow(1, earlier, key.shape[1]))
+        if key is not None:
+            # Of cached keys the last are those of this call; what a layer appends comes after them.
+            earlier = key_mask.shape[1] - key.shape[1] - _num_appended(layers[name].module)
+            key_mask = key_mask.narrow(1, earlier, key.shape[1])
+        found[name].add(query, key, query_mask, key_mask)
 
     with ExitStack() as stack:
         layers = stack.enter_context(watch_attention(model, keep))
@@ -105,7 +108,7 @@ def input_moments(model: nn.Module) -> Iterator[dict[str, InputMoments]]:
 
 
 @contextmanager
-def _inputs(layer: AttentionLayer, pending: dict[str, list[Tensor]], name: str) -> Iterator[None]:
+def _inputs(layer: AttentionLayer, pending: dict[str, list[Any]], name: str) -> Iterator[None]:
     """Note what a layer's projections of queries and keys are given."""
     handles = []
     if isinstance(layer.module, nn.MultiheadAttention):
@@ -121,15 +124,17 @@ def _inputs(layer: AttentionLayer, pending: dict[str, list[Tensor]], name: str) 
     else:
         parts = [layer.layout[role].weight.parameter for role in ("query", "key")]
         owners = [layer.module.get_submodule(part.rpartition(".")[0]) for part in parts]
+        is_one = owners[1] is owners[0]
 
         def hear_query(_: nn.Module, args: tuple[Any, ...]) -> None:
-            pending[name] = [args[0], args[0]]
+            # A map of its own for keys is not asked where a cache has them.
+            pending[name] = [args[0], args[0] if is_one else None]
 
         def hear_key(_: nn.Module, args: tuple[Any, ...]) -> None:
             pending[name][1] = args[0]
 
         handles.append(owners[0].register_forward_pre_hook(hear_query))
-        if owners[1] is not owners[0]:
+        if not is_one:
             handles.append(owners[1].register_forward_pre_hook(hear_key))
     try:
         yield

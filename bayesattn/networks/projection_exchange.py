@@ -64,6 +64,10 @@ class Exchange(Protocol):
         """Whether a bias of keys counts."""
         ...
 
+    def cached_features(self, shared: SharedProjections) -> int:
+        """Numbers that a cache holds for the shared key of one token."""
+        ...
+
     def share(self, module: Any, shared: SharedProjections) -> nn.Module:
         """Let the heads share projections; the layer, changed, or another for its place."""
         ...

@@ -59,6 +59,10 @@ class MultiheadExchange:
         """As the layer's normalization says."""
         return mixes_queries(getattr(module, "normalization", None))
 
+    def cached_features(self, shared: SharedProjections) -> int:
+        """As they are."""
+        return shared.key_features
+
     def share(self, module: Any, shared: SharedProjections) -> MultiheadAttention:
         """One of our layers with the other parameters of this one."""
         layer = MultiheadAttention.empty_like(module, Collaborative(shared.width))

@@ -91,7 +91,7 @@ def whole_network(console: Console, layers: int, threads: int, device: str) -> N
 def _count(console: Console, iterations: int) -> None:
     """What the sweeps must compute, and how fast this processor multiplies matrices."""
     rows = _HEADS * _DIM
-    sweep = 4 * 2 * rows * _FEATURES * _WIDTH + 3 * 2 * _FEATURES * _WIDTH**2
+    sweep = 5 * 2 * rows * _FEATURES * _WIDTH + 3 * 2 * _FEATURES * _WIDTH**2
     dense = 3 * 2 * _HEADS * _FEATURES**2 * _WIDTH
     square = torch.randn(768, 768)
     began, count = time.perf_counter(), 0

@@ -190,3 +190,17 @@ def test_routines_agree_on_the_width_of_a_known_layer(generator):
     for energy in energies[1:]:
         assert ((energy.mean(0) - energies[0].mean(0)).abs() < 3 * energy.std(0)).all()
         assert (energy.std(0) > energies[0].std(0)).all()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_rows_of_zeros_take_no_part(heads, values):
+    """As factors of a larger width than there is have them."""
+    model = ComponentScalesAlone(AutomaticRelevance(), tolerance=TOLERANCE)
+    given = values["query_direction"].clone(), values["key_direction"].clone()
+    given[0][3] = given[1][3] = 0
+    whole = nodes_of(model, *heads, *given, precision=values["precision"])
+    part = nodes_of(model, *heads, *(rows[:3] for rows in given), precision=values["precision"][:3])
+    close(whole["products"]["fn"].log_factor, part["products"]["fn"].log_factor)
+    assert whole["energy"]["value"][3] == 0
+    with pytest.raises(ValueError, match="query_component, key_component: expected as many rows"):
+        nodes_of(model, *heads, given[0][:, 1:], given[1])

@@ -142,7 +142,7 @@ def test_returned_weights_are_those_of_heads(generator):
 def test_a_decoder_caches_the_shared_keys(kind, implementation, generator):
     more = {"is_decoder": True} if kind == "bert" else {}
     model, _ = build(kind, implementation, **more)
-    convert(model, projections=Collaborative(7))
+    _, report = convert(model, projections=Collaborative(7))
     words = torch.randint(3, 31, (2, TOKENS), generator=generator)
     expected = model(input_ids=words).last_hidden_state
     argument = _cache_argument(model)
@@ -154,6 +154,7 @@ def test_a_decoder_caches_the_shared_keys(kind, implementation, generator):
     keys = getattr(keys, "self_attention_cache", keys).layers[0].keys
     # Seven components and three content features, in two pieces as wide as a head.
     assert keys.shape == (2, 2, TOKENS, 5)
+    assert {layer.after.cached_floats for layer in report.values()} == {2 * 5}
 
 
 def _cache_argument(model):
@@ -207,6 +208,24 @@ def test_training_mode_dropout_and_hooks_are_kept(kind, generator):
         first, second = outputs(model, given), outputs(model, given)
     assert (first - second).abs().max() > 1e-3
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_moments_take_no_queries_for_keys_that_a_cache_holds(kind, generator):
+    """In cross-attention no key is projected at later steps."""
+    model, _ = build(kind, "sdpa", add_cross_attention=True, is_decoder=True)
+    words = torch.randint(3, 31, (2, TOKENS), generator=generator)
+    given = {"encoder_hidden_states": torch.randn(2, 9, 15, generator=generator)}
+    argument = _cache_argument(model)
+    with input_moments(model) as moments, torch.no_grad():
+        first = model(input_ids=words[:, :4], use_cache=True, **given)
+        name = next(name for name, found in moments.items() if found.key_count == 18)
+        before = moments[name].key
+        cache = {argument: first.past_key_values}
+        model(input_ids=words[:, 4:], use_cache=True, **cache, **given)
+    assert moments[name].query_count == 2 * TOKENS
+    assert moments[name].key_count == 18
+    assert torch.equal(moments[name].key, before)
 
 
 def test_moments_of_inputs(generator):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.alternating_least_squares import Factors, HeadProducts
+from bayesattn.argument_checks import check_type
 
 __all__ = ["WeighedProducts", "weighed_products"]
 
@@ -29,20 +30,31 @@ class WeighedProducts(NamedTuple):
     Attributes:
         products: Of a batch of layers, each side's largest entry one; in the weights' type, at
             least float32.
-        inverse_roots: By which queries and keys are unweighed; None where they are not weighed.
+        roots: By which queries and keys are weighed, each with its inverse; None where they are
+            not.
         scales: What the products of each layer are to be multiplied by.
     """
 
     products: HeadProducts
-    inverse_roots: tuple[Tensor | None, Tensor | None]
+    roots: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
     scales: Float[Tensor, " layer"]
 
     def unweighed(self, factors: Factors) -> Factors:
         """Factors of the weights' products, at unit scale, from those of these; in float64."""
         query, mixing, key = (part.double() for part in factors)
         query, key = (
-            rows if root is None else rows @ root
-            for rows, root in zip((query, key), self.inverse_roots, strict=True)
+            rows if root is None else rows @ root[1]
+            for rows, root in zip((query, key), self.roots, strict=True)
+        )
+        return Factors(query, mixing, key)
+
+    def weighed(self, factors: Factors) -> Factors:
+        """Factors of these products from those of the weights', at their own scale; in float64."""
+        query, mixing, key = (part.double() for part in factors)
+        scale = self.scales.rsqrt()[:, None, None]
+        query, key = (
+            scale * (rows if root is None else rows @ root[0])
+            for rows, root in zip((query, key), self.roots, strict=True)
         )
         return Factors(query, mixing, key)
 
@@ -67,27 +79,28 @@ def weighed_products(
         key_moment: "*#layer key_feature key_feature".
 
     Raises:
-        ValueError: If shapes do not fit, something is not finite, or a moment is none.
+        TypeError: If weights are no tensors.
+        ValueError: If shapes or types do not fit, something is not finite, or a moment is none.
     """
     _check(query_weight, key_weight)
     batch = query_weight.shape[:-3]
     dtype = torch.promote_types(query_weight.dtype, torch.float32)
-    sides, inverses, scale = [], [], 1.0
+    sides, roots, scale = [], [], 1.0
     for name, weight, moment in (
         ("query_moment", query_weight, query_moment),
         ("key_moment", key_weight, key_moment),
     ):
         side = weight.detach().double().reshape(-1, *weight.shape[-3:])
-        inverse = None
+        root = None
         if moment is not None:
-            root, inverse = _roots(name, moment, weight.shape[-1], batch)
-            side = side @ root[:, None]
+            root = _roots(name, moment, weight.shape[-1], batch)
+            side = side @ root[0][:, None]
         largest = side.abs().amax((1, 2, 3))
         largest = torch.where(largest > 0, largest, 1.0)
         sides.append((side / largest[:, None, None, None]).to(dtype))
-        inverses.append(inverse)
+        roots.append(root)
         scale = scale * largest
-    return WeighedProducts(HeadProducts(*sides), tuple(inverses), scale)  # type: ignore[arg-type]
+    return WeighedProducts(HeadProducts(*sides), tuple(roots), scale)  # type: ignore[arg-type]
 
 
 def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -111,8 +124,8 @@ def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[
     if bool((values[..., 0] < -_ROUNDING * values.abs().amax(-1)).any()):
         raise ValueError(f"{name}: expected no negative eigenvalue, got {float(values.min()):.3g}")
     # A moment of zeros weighs all directions alike.
-    tiny = torch.finfo(values.dtype).tiny
-    least = (_LEAST_MOMENT * values.mean(-1, keepdim=True)).clamp(min=tiny)
+    values = torch.where(values[..., -1:] > 0, values, 1.0)
+    least = _LEAST_MOMENT * values.mean(-1, keepdim=True)
     root = values.clamp(min=least).sqrt()[..., None, :]
     return tuple(  # type: ignore[return-value]
         part.expand(*batch, size, size).reshape(-1, size, size)
@@ -121,6 +134,8 @@ def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[
 
 
 def _check(query: Tensor, key: Tensor) -> None:
+    check_type("query_weight", query, Tensor)
+    check_type("key_weight", key, Tensor)
     if query.ndim < 3 or key.ndim != query.ndim or query.shape[:-1] != key.shape[:-1]:
         raise ValueError(
             "query_weight, key_weight: expected 'head dim feature' of the same heads and widths, "
@@ -129,5 +144,7 @@ def _check(query: Tensor, key: Tensor) -> None:
     if 0 in query.shape or 0 in key.shape:
         raise ValueError(f"query_weight: expected no empty axis, got {tuple(query.shape)}")
     for name, weight in (("query_weight", query), ("key_weight", key)):
+        if not weight.is_floating_point():
+            raise ValueError(f"{name}: expected real floating-point numbers, got {weight.dtype}")
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{name}: expected finite values, got some that are not")
