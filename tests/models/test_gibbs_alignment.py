@@ -260,6 +260,11 @@ class Slotted:
         return self.critic(*clouds)
 
 
+def _own_tensor(parameter):
+    """No parameter, but learned if it is."""
+    return parameter.detach().clone().requires_grad_(parameter.requires_grad)
+
+
 HIDING_PLACES = {
     "module": lambda critic: critic,
     "field": Scaled,
@@ -271,6 +276,7 @@ HIDING_PLACES = {
     "method": lambda critic: critic.forward,
     "transport": lambda critic: ConditionalTransport(navigator=critic),
     "kernel": lambda critic: MMD(RBF(next(critic.parameters()))),
+    "tensor of a kernel": lambda critic: MMD(RBF(_own_tensor(next(critic.parameters())))),
 }
 
 

@@ -388,3 +388,12 @@ def test_compiled_models_run_as_written(generator):
         with torch.compiler.set_stance("fail_on_recompile"):
             model(tokens, tokens, tokens)
         assert len(calls["_orig_mod"]) == 1
+
+
+def test_heads_that_share_keys_get_each_their_own(generator):
+    """Four heads on two of keys: the first two share the first. Mutant: heads dealt in turn."""
+    query, key = (torch.randn(2, heads, 5, 3, generator=generator) for heads in (4, 2))
+    call = AttentionCall(query, key, key, query, {"enable_gqa": True})
+    found = call.key_of_each_head()
+    for head in range(4):
+        assert torch.equal(found[:, head], key[:, head // 2])
