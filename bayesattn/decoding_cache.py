@@ -72,6 +72,8 @@ class KeyValueCache:
     def crop(self, length: int) -> None:
         """Forget all tokens from a place on, which is what a rejected draft needs.
 
+        What comes next is written in their place, also in views taken before.
+
         Raises:
             ValueError: If there are not so many.
         """
@@ -101,7 +103,9 @@ def _grown(room: Tensor | None, new: Tensor, length: int) -> Tensor:
     needed = length + new.shape[-2]
     if torch.is_grad_enabled() and (new.requires_grad or (room is not None and room.requires_grad)):
         return new if room is None else torch.cat([room[..., :length, :], new], -2)
-    if room is None or room.shape[-2] < needed or room.requires_grad:
+    # What was made in inference mode cannot be written to outside of it.
+    is_locked = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
+    if room is None or room.shape[-2] < needed or room.requires_grad or is_locked:
         shape = (*new.shape[:-2], max(needed, 2 * length), new.shape[-1])
         larger = new.new_empty(shape)
         if room is not None:

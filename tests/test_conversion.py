@@ -393,6 +393,13 @@ def test_errors_are_those_of_weights_as_they_are_stored(seeded_layers):
     assert report[""].relative_error < 1e-12
 
 
+def test_a_round_trip_in_a_narrow_type_leaves_plain_logits(seeded_layers):
+    """Whose scale, a root of one sixth, is rounded where it is stored."""
+    model = MultiheadAttention(12, 2, dtype=torch.bfloat16)
+    shared = convert(model, projections=FULL, copy=True).model
+    assert convert(shared, projections=Separate(), copy=True).model.logits is None
+
+
 def test_fresh_logits_are_as_large_as_those_of_a_fresh_layer(seeded_layers, generator):
     model = nn.MultiheadAttention(64, 4, batch_first=True, bias=False)
     fresh = convert(model, projections=CollaborativeFit(16, start="fresh"), copy=True).model

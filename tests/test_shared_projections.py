@@ -290,6 +290,34 @@ def test_a_cache_is_cropped_reordered_and_refuses_strangers(make, generator):
         doubly(tokens, tokens, tokens, cache=KeyValueCache())
 
 
+def test_a_cache_is_emptied_for_another_batch_and_goes_on_outside_of_inference_mode(
+    make, generator
+):
+    layer = make(batch_first=True)
+    tokens = torch.randn(BATCH, 9, WIDTH, generator=generator)
+    settings = {"cache": KeyValueCache(), "is_causal": True}
+    with torch.inference_mode():
+        layer(tokens[:, :4], tokens[:, :4], tokens[:, :4], **settings)
+    with torch.no_grad():
+        found = layer(tokens[:, 4:], tokens[:, 4:], tokens[:, 4:], **settings)[0]
+        whole = layer(tokens, tokens, tokens, is_causal=True)[0]
+        torch.testing.assert_close(found, whole[:, 4:])
+        settings["cache"].crop(0)
+        one = tokens[:1]
+        torch.testing.assert_close(layer(one, one, one, **settings)[0], whole[:1])
+        with pytest.raises(ValueError, match=r"in torch.float64, got .* in torch.float32"):
+            layer.float()(one.float(), one.float(), one.float(), **settings)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_is_no_cache_is_refused(make, generator):
+    tokens = torch.randn(BATCH, 3, WIDTH, generator=generator)
+    with pytest.raises(TypeError, match=r"cache must be of type KeyValueCache, got \{\}"):
+        make(batch_first=True)(tokens, tokens, tokens, cache={})
+    with pytest.raises(ValueError, match="length must be a whole number, at least 0, got 1.5"):
+        KeyValueCache().crop(1.5)
+
+
 def test_calls_are_recorded_with_their_weights(make, generator):
     layer = make(batch_first=True)
     tokens = inputs(generator, {"batch_first": True})

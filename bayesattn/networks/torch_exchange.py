@@ -88,7 +88,9 @@ class MultiheadExchange:
             layer.in_proj_bias = nn.Parameter(torch.cat([*biases, bias.detach()]))
         layer.logits = None
         scale = float(module.projections.scale)
-        if abs(scale * layer.head_dim**0.5 - 1) > 1e-6:
+        # As near as the type that it is stored in can tell.
+        rounding = max(1e-6, torch.finfo(module.projections.scale.dtype).eps)
+        if abs(scale * layer.head_dim**0.5 - 1) > rounding:
             layer.logits = DotProduct(scale)
         return _finished(layer, module)
 
