@@ -314,7 +314,7 @@ def test_what_is_no_cache_is_refused(make, generator):
     tokens = torch.randn(BATCH, 3, WIDTH, generator=generator)
     with pytest.raises(TypeError, match=r"cache must be of type KeyValueCache, got \{\}"):
         make(batch_first=True)(tokens, tokens, tokens, cache={})
-    with pytest.raises(ValueError, match="length must be a whole number, at least 0, got 1.5"):
+    with pytest.raises(ValueError, match=r"length must be a whole number, at least 0, got 1\.5"):
         KeyValueCache().crop(1.5)
 
 
