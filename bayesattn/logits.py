@@ -7,15 +7,17 @@ attention by dot products with a bias for each query and each key, and so to the
 :mod:`bayesattn.fused`. A softmax over keys does not see :math:`a`; one over queries does.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayesattn.argument_checks import check_count, check_positive
 from bayesattn.contraction import inner_products
 
-__all__ = ["DotProduct", "GaussianLogits", "Logits", "ReducedLogits"]
+__all__ = ["DotProduct", "GaussianLogits", "Logits", "RBFMagnitude", "ReducedLogits"]
 
 Number = float | int
 
@@ -158,3 +160,92 @@ def _norm_bias(
 ) -> Float[Tensor, "*_batch position"]:
     factor = (exponent[:, None].to(part.dtype) - 1.0) * precision / 2.0
     return factor * part.square().sum(-1)
+
+
+class RBFMagnitude(Logits):
+    r"""An RBF similarity times magnitudes of query and key, of any power norm.
+
+    .. math:: s_{ij} = \frac{-\lVert q_i - k_j \rVert_2^2
+        + c_p \lVert q_i \rVert_p^2 + c_p \lVert k_j \rVert_p^2}{2 \sqrt d}, \qquad
+        c_p = d^{1 - 2 / p}
+
+    At p = 2 this is the scaled dot product. The factor c keeps the magnitude of a vector whose
+    entries are all as large the same at any p, and so the temperature. A softmax over keys does not
+    see the query's.
+
+    Args:
+        p: Of the norm, at least one.
+        num_heads: Each head learns a p of its own above one, from the given one on; none is learned
+            if None.
+
+    Attributes:
+        log_excess: :math:`\log(p - 1)` of each head, or None.
+
+    Raises:
+        ValueError: If p is no finite number, below one, or one where it is learned.
+
+    Source:
+        Song et al. (2021), arXiv:2006.06147; its code divides magnitudes by a power of the width
+        that is not the distances', and lets the temperature change with p.
+    """
+
+    def __init__(self, p: Number = 2.0, num_heads: int | None = None):
+        super().__init__()
+        check_positive("p", p)
+        if p < 1 or (p == 1 and num_heads is not None):
+            least = "at least one" if num_heads is None else "above one where it is learned"
+            raise ValueError(f"p must be {least}, got {p}")
+        self.num_heads, self._start = num_heads, float(p)
+        self.log_excess: nn.Parameter | None = None
+        if num_heads is not None:
+            self.log_excess = nn.Parameter(torch.empty(check_count("num_heads", num_heads)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start at the given p."""
+        if self.log_excess is not None:
+            nn.init.constant_(self.log_excess, math.log(self._start - 1))
+
+    @property
+    def p(self) -> Float[Tensor, " head"] | float:
+        """Of each head, or of all."""
+        return self._start if self.log_excess is None else 1 + self.log_excess.exp()
+
+    def reduce(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Queries and keys as they are, and as biases what magnitudes exceed those at two."""
+        scale = query.shape[-1] ** -0.5
+        if self.log_excess is None and self._start == 2:
+            return ReducedLogits(query, key, scale=scale)
+        return ReducedLogits(query, key, self._bias(query), self._bias(key), scale)
+
+    def _bias(self, part: Float[Tensor, "*_batch position _dim"]) -> Tensor:
+        # Narrow types lose what two large numbers differ by.
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        p = self.p.to(wide)[:, None] if isinstance(self.p, Tensor) else self.p
+        excess = _squared_norm(wide, p) - wide.square().sum(-1)
+        return (excess / (2 * part.shape[-1] ** 0.5)).to(part.dtype)
+
+    def extra_repr(self) -> str:
+        """The start, and the number of heads where they learn."""
+        learned = "" if self.num_heads is None else f", num_heads={self.num_heads}"
+        return f"p={self._start}{learned}"
+
+
+def _squared_norm(
+    part: Float[Tensor, "*_batch position _dim"], p: Float[Tensor, "head 1"] | float
+) -> Float[Tensor, "*_batch position"]:
+    """Squared power norms, as large as the Euclidean ones of vectors of equal entries."""
+    largest = part.detach().abs().amax(-1, keepdim=True)
+    is_zero = largest == 0
+    # A multiple of the norm is that of the norm: entries are at most one, and powers stay in range.
+    ratios = torch.where(is_zero, 1.0, part.abs() / torch.where(is_zero, 1.0, largest))
+    # Zeros apart, whose powers have no slope in p.
+    is_some = ratios > 0
+    logs = torch.where(is_some, ratios, 1.0).log()
+    exponent = p[..., None] if isinstance(p, Tensor) else p
+    powers = torch.where(is_some, (logs * exponent).exp(), 0.0)
+    size = (powers.mean(-1).log() * 2 / p).exp()
+    size = part.shape[-1] * largest[..., 0].square() * size
+    return torch.where(is_zero[..., 0], 0.0, size)
