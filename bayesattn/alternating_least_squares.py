@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayesattn.head_decomposition import squared_product_norms
+
 __all__ = [
     "Factors",
     "HeadProducts",
@@ -71,8 +73,8 @@ class HeadProducts:
 
     def squared_norms(self) -> Float[Tensor, "layer head"]:
         """Squared Frobenius norm of each head's product, in float64."""
-        query, key = self.by_head(self.query.double()), self.by_head(self.key.double())
-        return ((query @ query.mT) * (key @ key.mT)).sum((-2, -1))
+        sides = self.by_head(self.query.double()), self.by_head(self.key.double())
+        return squared_product_norms(*sides)
 
     def inner_products(self, factors: Factors) -> Float[Tensor, "layer head component"]:
         """Of each head's product with each component, which is not mixed."""

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayesattn.alternating_least_squares import Factors, HeadProducts
+from bayesattn.head_decomposition import squared_product_norms
 
 __all__ = ["lower_bounds", "nested_errors", "over", "residual_errors", "unfolding_grams"]
 
@@ -36,7 +37,7 @@ def residual_errors(
     mixed = triangles[0][:, None] * factors.mixing.double()[:, :, None]
     lost = (within[0].mT @ within[1] - mixed @ triangles[1][:, None].mT).square().sum((-2, -1))
     for left, right in ((within[0], beside[1]), (beside[0], within[1]), beside):
-        lost = lost + _squared_norms(left, right)
+        lost = lost + squared_product_norms(left, right)
     whole = products.squared_norms()
     return over(lost.sum(-1), whole.sum(-1)).sqrt(), over(lost, whole).sqrt()
 
@@ -100,7 +101,3 @@ def _split(heads: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     basis, triangle = torch.linalg.qr(shared.mT)
     within = heads @ basis[:, None]
     return within, heads - within @ basis[:, None].mT, triangle
-
-
-def _squared_norms(left: Tensor, right: Tensor) -> Tensor:
-    return ((left @ left.mT) * (right @ right.mT)).sum((-2, -1)).clamp(min=0)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["HeadFactors", "head_factors", "truncated_heads"]
+__all__ = ["HeadFactors", "head_factors", "squared_product_norms", "truncated_heads"]
 
 
 class HeadFactors(NamedTuple):
@@ -35,6 +35,18 @@ def head_factors(
     other_basis, other_small = torch.linalg.qr(key_weight.mT)
     left, values, right = torch.linalg.svd(small @ other_small.mT, full_matrices=False)
     return HeadFactors((basis @ left).mT, values, right @ other_basis.mT)
+
+
+def squared_product_norms(
+    query_weight: Float[Tensor, "*layer head dim query_feature"],
+    key_weight: Float[Tensor, "*layer head other_dim key_feature"],
+) -> Float[Tensor, "*layer head"]:
+    """Squared Frobenius norms of products; by triangles, so that rows which cancel do so exactly.
+
+    Grams would cost less, but leave the root of rounding.
+    """
+    query, key = (torch.linalg.qr(side.mT, mode="r").R for side in (query_weight, key_weight))
+    return (query @ key.mT).square().sum((-2, -1))
 
 
 def truncated_heads(
