@@ -169,7 +169,7 @@ def test_routines_agree_on_the_width_of_a_known_layer(generator):
     laws, directions = fit_laws(data)
     model = SharedComponents(5)
     routine = NUTS(ComponentScalesAlone(AutomaticRelevance()), target_accept_prob=0.9)
-    nuts = routine.run(*data, *directions, warmup_steps=150, num_samples=300, **QUIET)
+    nuts = routine.run(*data, *directions, warmup_steps=100, num_samples=150, **QUIET)
     svi = SVI(model, guide="normal", init_scale=0.01).run(
         *data, num_steps=1500, num_samples=300, init=model.initial_state(*data), **QUIET
     )
