@@ -80,7 +80,7 @@ def best_fit(
 def _swept(
     products: HeadProducts, factors: Factors, count: int, tolerance: float
 ) -> tuple[Factors, Tensor]:
-    whole = products.squared_norms().sum(-1)
+    whole = products.squared_norms.sum(-1)
     errors = [_relative(whole, explained_norms(products, factors))]
     before, ahead = factors, whole.new_full(whole.shape, _FARTHEST)
     for _ in range(count):

@@ -14,6 +14,7 @@ Source:
     near the last one by a proximal term, so that collinear components cost no descent; ours.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,7 @@ class HeadProducts:
         """Give each head its rows."""
         return rows.unflatten(1, (self.num_heads, -1))
 
+    @cached_property
     def squared_norms(self) -> Float[Tensor, "layer head"]:
         """Squared Frobenius norm of each head's product, in float64."""
         sides = self.by_head(self.query.double()), self.by_head(self.key.double())

@@ -38,7 +38,7 @@ def residual_errors(
     lost = (within[0].mT @ within[1] - mixed @ triangles[1][:, None].mT).square().sum((-2, -1))
     for left, right in ((within[0], beside[1]), (beside[0], within[1]), beside):
         lost = lost + squared_product_norms(left, right)
-    whole = products.squared_norms()
+    whole = products.squared_norms
     return over(lost.sum(-1), whole.sum(-1)).sqrt(), over(lost, whole).sqrt()
 
 
@@ -51,7 +51,7 @@ def nested_errors(products: HeadProducts, factors: Factors) -> Float[Tensor, "la
     gained = (mixing * products.inner_products(factors).double()).sum(1)
     gram = (query @ query.mT) * (key @ key.mT) * (mixing.mT @ mixing)
     counted = 2 * gram.tril(-1).sum(-1) + gram.diagonal(dim1=-2, dim2=-1)
-    whole = products.squared_norms().sum(-1, keepdim=True)
+    whole = products.squared_norms.sum(-1, keepdim=True)
     lost = whole + (counted - 2 * gained).cumsum(-1)
     return over(lost.clamp(min=0), whole).sqrt()
 

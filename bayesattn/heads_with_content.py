@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayesattn.head_decomposition import head_factors, truncated_heads
+from bayesattn.head_decomposition import head_factors, squared_product_norms, truncated_heads
 
 __all__ = ["HeadsApart", "heads_apart"]
 
@@ -72,7 +72,7 @@ def heads_apart(
     )
     assert query is not None
     assert key is not None
-    whole = head_factors(query_weight, key_weight).values.square().sum(-1)
+    whole = squared_product_norms(query_weight, key_weight)
     for content in (key_content, query_content):
         whole = whole if content is None else whole + content.square().sum(-1)
     left, tiny = lost[best, heads], torch.finfo(whole.dtype).tiny
@@ -106,8 +106,9 @@ def _with_errors(
     """Weights and biases, and the squared norm of what each head lost."""
     query_weight, key_weight, key_content, query_content = given
     key_bias = None if query_content is None else _fitted_bias(query, query_content)
-    rest = head_factors(torch.cat([query_weight, -query], 1), torch.cat([key_weight, key], 1))
-    lost = rest.values.square().sum(-1)
+    lost = squared_product_norms(
+        torch.cat([query_weight, -query], 1), torch.cat([key_weight, key], 1)
+    )
     for content, weight, bias in (
         (key_content, key, query_bias),
         (query_content, query, key_bias),

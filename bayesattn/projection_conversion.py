@@ -314,9 +314,14 @@ def _separated(source: _Source) -> tuple[HeadProjections, tuple[float, float, Te
     )
     apart = heads_apart(query, key, shared.head_dim, key_content, query_content)
     like = source.parameter
-    made = (None if part is None else part.to(like.dtype) for part in apart[:4])
-    error, head_errors = apart.relative_error, apart.head_errors
-    return HeadProjections(*made), (float(error), float(error), head_errors)  # type: ignore[arg-type]
+    of_query, of_key = (
+        None if bias is None else bias.to(like.dtype) for bias in (apart.query_bias, apart.key_bias)
+    )
+    made = HeadProjections(
+        apart.query_weight.to(like.dtype), apart.key_weight.to(like.dtype), of_query, of_key
+    )
+    error = float(apart.relative_error)
+    return made, (error, error, apart.head_errors)
 
 
 def _width(heads: HeadProjections) -> int:

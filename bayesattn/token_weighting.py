@@ -127,10 +127,11 @@ def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[
     values = torch.where(values[..., -1:] > 0, values, 1.0)
     least = _LEAST_MOMENT * values.mean(-1, keepdim=True)
     root = values.clamp(min=least).sqrt()[..., None, :]
-    return tuple(  # type: ignore[return-value]
+    whole, inverse = (
         part.expand(*batch, size, size).reshape(-1, size, size)
         for part in (vectors * root @ vectors.mT, vectors / root @ vectors.mT)
     )
+    return whole, inverse
 
 
 def _check(query: Tensor, key: Tensor) -> None:

@@ -493,7 +493,7 @@ def test_errors_are_told_to_the_last_digit_where_rows_of_a_head_cancel(generator
     query[:, 1] = 1e-9 * torch.randn(1, 7, generator=generator) - query[:, 0]
     found = factorize(query, key, 1)
     assert found.relative_error < 1e-14 / 1e-9
-    whole = HeadProducts(query[None], key[None]).squared_norms()
+    whole = HeadProducts(query[None], key[None]).squared_norms
     torch.testing.assert_close(whole.sum().sqrt(), norm(dense(query, key)), rtol=1e-5, atol=0)
     torch.testing.assert_close(
         norm(rebuilt(found) - dense(query, key)) / norm(dense(query, key)),

@@ -161,7 +161,7 @@ def _side(
     name: str, points: Tensor, mask: Tensor | None, weights: Tensor | None, batch: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = (*batch, points.shape[-2])
-    has_values = mask is not None or weights is not None
+    is_told = mask is not None or weights is not None
     points = points.expand(*size, points.shape[-1])
     if weights is None:
         weights = points.new_ones(size)
@@ -175,7 +175,7 @@ def _side(
         first = mask.to(torch.uint8).argmax(-1)[..., None, None]
         points = torch.where(mask[..., None], points, points.detach().take_along_dim(first, -2))
     total = weights.sum(-1, keepdim=True)
-    if has_values and looks_at_values():
+    if is_told and looks_at_values():
         _check_values(name, mask, weights, total)
     return points, weights / total, mask
 
