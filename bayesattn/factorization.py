@@ -72,10 +72,10 @@ class Factorization(NamedTuple):
 
     def layer(self, place: int) -> "Factorization":
         """Return that of one layer of a batch."""
-        parts = [part[place] if isinstance(part, Tensor) else part for part in self]
+        tensors = {n: part[place] for n, part in self._asdict().items() if isinstance(part, Tensor)}
         count = len(self.starts) // len(self.query_weight)
         first = place % len(self.query_weight) * count
-        return Factorization(*parts)._replace(starts=self.starts[first : first + count])  # type: ignore[arg-type]
+        return self._replace(**tensors, starts=self.starts[first : first + count])
 
     def head_weights(
         self,

@@ -83,24 +83,25 @@ def weighed_products(
         ValueError: If shapes or types do not fit, something is not finite, or a moment is none.
     """
     _check(query_weight, key_weight)
-    batch = query_weight.shape[:-3]
     dtype = torch.promote_types(query_weight.dtype, torch.float32)
-    sides, roots, scale = [], [], 1.0
-    for name, weight, moment in (
-        ("query_moment", query_weight, query_moment),
-        ("key_moment", key_weight, key_moment),
-    ):
-        side = weight.detach().double().reshape(-1, *weight.shape[-3:])
-        root = None
-        if moment is not None:
-            root = _roots(name, moment, weight.shape[-1], batch)
-            side = side @ root[0][:, None]
-        largest = side.abs().amax((1, 2, 3))
-        largest = torch.where(largest > 0, largest, 1.0)
-        sides.append((side / largest[:, None, None, None]).to(dtype))
-        roots.append(root)
-        scale = scale * largest
-    return WeighedProducts(HeadProducts(*sides), tuple(roots), scale)  # type: ignore[arg-type]
+    query, query_roots, query_scale = _unit_side("query_moment", query_weight, query_moment)
+    key, key_roots, key_scale = _unit_side("key_moment", key_weight, key_moment)
+    products = HeadProducts(query.to(dtype), key.to(dtype))
+    return WeighedProducts(products, (query_roots, key_roots), query_scale * key_scale)
+
+
+def _unit_side(
+    name: str, weight: Tensor, moment: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor]:
+    """One side of all layers, weighed, with a largest entry of one; its roots, and its scale."""
+    side = weight.detach().double().reshape(-1, *weight.shape[-3:])
+    roots = None
+    if moment is not None:
+        roots = _roots(name, moment, weight.shape[-1], weight.shape[:-3])
+        side = side @ roots[0][:, None]
+    largest = side.abs().amax((1, 2, 3))
+    largest = torch.where(largest > 0, largest, 1.0)
+    return side / largest[:, None, None, None], roots, largest
 
 
 def _roots(name: str, moment: Tensor, size: int, batch: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from bayesattn.normalizations import (
 from tests.benchmarks.peak_memory import peak_bytes
 from tests.benchmarks.timing import Clock, alternating, name_of, repeated, table
 
-__all__ = ["CONTESTANTS", "PRODUCTS", "measure"]
+__all__ = ["PRODUCTS", "contestants", "measure"]
 
 HEADS, DIM = 8, 64
 # Beyond this, weights of all heads are gigabytes.
@@ -53,26 +53,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def by(normalization: Normalization | None, route: str) -> Attend:
     """Attention by one normalization and route."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        chosen = None if normalization is None else normalization.to(query.device)
-        return attention(query, key, value, normalization=chosen, route=route)
-
-    return attend
+    return lambda q, k, v: attention(q, k, v, normalization=normalization, route=route)
 
 
-CONTESTANTS: dict[str, Attend] = {
-    "SDPA": F.scaled_dot_product_attention,
-    "softmax, dense": by(None, "dense"),
-    "doubly, dense": by(DoublyNormalized(), "dense"),
-    "doubly, fused": by(DoublyNormalized(), "fused"),
-    "interpolated, dense": by(InterpolatedNormalized(HEADS), "dense"),
-    "interpolated, fused": by(InterpolatedNormalized(HEADS), "fused"),
-    "hybrid, dense": by(HybridNormalized(HEADS), "dense"),
-    "hybrid, fused": by(HybridNormalized(HEADS), "fused"),
-    "sinkhorn 3, dense": by(Sinkhorn(3), "dense"),
-    "sinkhorn 3, fused": by(Sinkhorn(3), "fused"),
-}
+def contestants(device: str) -> dict[str, Attend]:
+    """All by name, with what they learn on a device."""
+    interpolated = InterpolatedNormalized(HEADS).to(device)
+    hybrid = HybridNormalized(HEADS).to(device)
+    return {
+        "SDPA": F.scaled_dot_product_attention,
+        "softmax, dense": by(None, "dense"),
+        "doubly, dense": by(DoublyNormalized(), "dense"),
+        "doubly, fused": by(DoublyNormalized(), "fused"),
+        "interpolated, dense": by(interpolated, "dense"),
+        "interpolated, fused": by(interpolated, "fused"),
+        "hybrid, dense": by(hybrid, "dense"),
+        "hybrid, fused": by(hybrid, "fused"),
+        "sinkhorn 3, dense": by(Sinkhorn(3), "dense"),
+        "sinkhorn 3, fused": by(Sinkhorn(3), "fused"),
+    }
 
 
 def measure(
@@ -95,7 +94,7 @@ def measure(
     def once(attend: Attend) -> None:
         torch.autograd.grad(attend(*inputs), inputs, gradient)
 
-    chosen = {n: a for n, a in CONTESTANTS.items() if match in n or n == "SDPA"}
+    chosen = {n: a for n, a in contestants(device).items() if match in n or n == "SDPA"}
     if length > longest_dense:
         chosen = {name: attend for name, attend in chosen.items() if "dense" not in name}
     calls = {name: functools.partial(once, attend) for name, attend in chosen.items()}
