@@ -36,7 +36,7 @@ def edge_weights(
         query: What asks.
         key: What is asked.
         edges: Numbers of keys, and of the queries that see them.
-        logits: :class:`bayesattn.pairwise_logits.EdgeLogits`, or any that reduce; the scaled dot
+        logits: :class:`bayesattn.logits.EdgeLogits`, or any that reduce; the scaled dot
             product if None.
 
     Returns:

@@ -7,7 +7,7 @@ r"""Multi-head attention along the edges of a graph, as a layer.
 Source:
     Veličković et al. (2018), Graph attention networks, arXiv:1710.10903, eq. 5 and 6. Differs from
     the paper: queries, keys and values have projections of their own, and the logits are the scaled
-    dot product unless :class:`bayesattn.pairwise_logits.AdditiveLogits` are chosen.
+    dot product unless :class:`bayesattn.logits.AdditiveLogits` are chosen.
 """
 
 from typing import Any, Literal, NamedTuple, overload
@@ -60,7 +60,7 @@ class GraphAttention(nn.Module):
         concatenate: Heads' outputs stand side by side; else their mean is taken.
         dropout: Probability of dropping a weight in training.
         bias: Whether queries and outputs have biases.
-        logits: :class:`bayesattn.pairwise_logits.EdgeLogits`, or any of :mod:`bayesattn.logits`
+        logits: :class:`bayesattn.logits.EdgeLogits`, or any of :mod:`bayesattn.logits`
             that reduce; the scaled dot product if None. A module is copied, so that layers made
             from one share no parameter.
         device: Where the parameters are.

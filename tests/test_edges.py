@@ -10,8 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bayesattn.edges import check_edges, edge_softmax, edge_sums, edge_weights, with_self_loops
 from bayesattn.functional import attention, attention_weights
-from bayesattn.logits import DotProduct, GaussianLogits
-from bayesattn.pairwise_logits import AdditiveLogits
+from bayesattn.logits import AdditiveLogits, DotProduct, GaussianLogits
 from tests.compilation import in_one_graph
 
 HEADS, QUERIES, KEYS, DIM, VALUE_DIM = 3, 5, 7, 4, 2

@@ -11,8 +11,7 @@ import bayesattn
 from bayesattn.edges import with_self_loops
 from bayesattn.functional import attention, attention_weights
 from bayesattn.graph_layers import GraphAttention
-from bayesattn.logits import DotProduct, GaussianLogits, Logits
-from bayesattn.pairwise_logits import AdditiveLogits
+from bayesattn.logits import AdditiveLogits, DotProduct, GaussianLogits, Logits
 from tests.compilation import in_one_graph
 
 pytestmark = pytest.mark.usefixtures("seeded_layers")

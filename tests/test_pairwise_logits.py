@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bayesattn.logits import DotProduct, GaussianLogits, Logits
-from bayesattn.pairwise_logits import AdditiveLogits, EdgeLogits, check_pairwise, logits_of_edges
+from bayesattn.logits import AdditiveLogits, DotProduct, EdgeLogits, GaussianLogits, Logits
+from bayesattn.pairwise_logits import check_pairwise, logits_of_edges
 
 HEADS, QUERIES, KEYS, DIM = 3, 5, 7, 4
 

@@ -61,7 +61,9 @@ def test_routes_agree(clouds, normalization):
     slopes = []
     for route in ("dense", "fused"):
         output = attention(query, key, key, route=route, **settings)
-        slopes.append(torch.autograd.grad(output.sin().sum(), [query, key, logits.log_excess]))
+        slopes.append(
+            torch.autograd.grad(output.sin().sum(), [query, key, logits.magnitude.log_excess])
+        )
     for one, other in zip(*slopes, strict=True):
         close(one, other)
 
@@ -103,13 +105,15 @@ def test_gradients(p, generator):
     key.requires_grad_()
     logits = RBFMagnitude(p, num_heads=2)
     assert torch.autograd.gradcheck(
-        lambda q, k, raw: torch.func.functional_call(logits, {"log_excess": raw}, (q, k)),
-        (query, key, logits.log_excess),
+        lambda q, k, raw: torch.func.functional_call(logits, {"magnitude.log_excess": raw}, (q, k)),
+        (query, key, logits.magnitude.log_excess),
     )
     with torch.no_grad():
         key[0, 0, 0, 0] = 0
         key[0, 1, 1] = 0
-    grown = torch.autograd.grad(logits(query, key).sin().sum(), [query, key, logits.log_excess])
+    grown = torch.autograd.grad(
+        logits(query, key).sin().sum(), [query, key, logits.magnitude.log_excess]
+    )
     assert all(part.isfinite().all() for part in grown)
 
 
@@ -119,9 +123,9 @@ def test_a_layer_learns_p_for_each_head(seeded_layers, generator):
     plain = MultiheadAttention.from_torch(layer, logits=DotProduct())
     close(layer(tokens, tokens, tokens)[0], plain(tokens, tokens, tokens)[0])
     layer(tokens, tokens, tokens)[0].square().sum().backward()
-    assert layer.logits.log_excess.grad.abs().min() > 0
+    assert layer.logits.magnitude.log_excess.grad.abs().min() > 0
     assert layer.logits.p.tolist() == [2.0] * HEADS
-    assert "logits.log_excess" in layer.state_dict()
+    assert "logits.magnitude.log_excess" in layer.state_dict()
     with pytest.raises(ValueError, match="logits: expected num_heads=3"):
         MultiheadAttention(12, HEADS, logits=RBFMagnitude(num_heads=2))
     half = layer.bfloat16()
@@ -155,4 +159,4 @@ def test_a_trained_model_goes_on_from_its_softmax(seeded_layers, generator):
     model, _ = convert(encoder, logits=RBFMagnitude(num_heads=HEADS), copy=True)
     close(model(tokens, src_key_padding_mask=padding)[~padding], expected)
     first, second = (layer.self_attn.logits for layer in model.layers)
-    assert first.log_excess is not second.log_excess
+    assert first.magnitude is not second.magnitude

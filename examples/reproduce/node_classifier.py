@@ -27,7 +27,7 @@ class NodeClassifier(nn.Module):
         head_dim: Width of each.
         dropout: Of features, hidden nodes and attention weights.
         logits: ``logits(num_heads, head_dim)`` gives those of a layer, such as
-            :class:`bayesattn.pairwise_logits.AdditiveLogits`; the scaled dot product if None.
+            :class:`bayesattn.logits.AdditiveLogits`; the scaled dot product if None.
     """
 
     def __init__(

@@ -8,8 +8,8 @@ from bayesattn import calibration
 from bayesattn.divergences import MMD
 from bayesattn.edges import with_self_loops
 from bayesattn.inference import Alignment
+from bayesattn.logits import AdditiveLogits
 from bayesattn.networks import attention_calls
-from bayesattn.pairwise_logits import AdditiveLogits
 from examples.reproduce.graph_tasks import CitationGraph
 from examples.reproduce.node_classifier import NodeClassifier, graph_attention_network
 from examples.reproduce.node_training import (

@@ -8,7 +8,7 @@ from bayesattn.attention_diagnostics import layer_statistics
 from bayesattn.edges import with_self_loops
 from bayesattn.functional import attention_weights
 from bayesattn.graph_layers import GraphAttention
-from bayesattn.logits import GaussianLogits
+from bayesattn.logits import AdditiveLogits, GaussianLogits
 from bayesattn.networks import (
     AttentionCall,
     attention_calls,
@@ -16,7 +16,6 @@ from bayesattn.networks import (
     head_partitions,
     watch_attention,
 )
-from bayesattn.pairwise_logits import AdditiveLogits
 from tests.networks.perturbation import assert_particles_are_heads
 
 NODES, WIDTH, HEADS, DIM = 7, 5, 3, 4
