@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bayesattn import head_similarity as head_similarity
     from bayesattn import inference as inference
     from bayesattn import kernels as kernels
+    from bayesattn import logits as logits
     from bayesattn import models as models
     from bayesattn import networks as networks
     from bayesattn import normalizations as normalizations
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from bayesattn.head_diagnostics import warn_of_collapse as warn_of_collapse
     from bayesattn.head_diagnostics import weight_similarity as weight_similarity
     from bayesattn.head_penalties import HeadPenalty as HeadPenalty
+    from bayesattn.implicit_densities import density_draws as density_draws
+    from bayesattn.implicit_densities import density_terms as density_terms
+    from bayesattn.implicit_densities import sampled_outputs as sampled_outputs
     from bayesattn.multihead import MultiheadAttention as MultiheadAttention
     from bayesattn.projection_conversion import CollaborativeFit as CollaborativeFit
     from bayesattn.projection_conversion import Separate as Separate
@@ -66,6 +70,8 @@ __all__ = [
     "circuit_similarity",
     "convert",
     "datasets",
+    "density_draws",
+    "density_terms",
     "divergences",
     "factorize",
     "functional",
@@ -75,10 +81,12 @@ __all__ = [
     "inference",
     "kernels",
     "layer_statistics",
+    "logits",
     "models",
     "networks",
     "normalizations",
     "plots",
+    "sampled_outputs",
     "warn_of_collapse",
     "weight_similarity",
 ]
@@ -101,9 +109,12 @@ _MODULE_OF = {
     "attention_weights": "bayesattn.functional",
     "circuit_similarity": "bayesattn.head_diagnostics",
     "convert": "bayesattn.conversion",
+    "density_draws": "bayesattn.implicit_densities",
+    "density_terms": "bayesattn.implicit_densities",
     "factorize": "bayesattn.factorization",
     "head_statistics": "bayesattn.head_diagnostics",
     "layer_statistics": "bayesattn.attention_diagnostics",
+    "sampled_outputs": "bayesattn.implicit_densities",
     "warn_of_collapse": "bayesattn.head_diagnostics",
     "weight_similarity": "bayesattn.head_diagnostics",
 }

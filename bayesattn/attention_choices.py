@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesattn.logits import Logits
+from bayesattn.logits import ConditionalLogits, Logits
+from bayesattn.masking import Masks
 from bayesattn.normalizations.protocol import Normalization
 
-__all__ = ["LogitsFunction", "NormalizationFunction", "mixes_queries", "own_choice"]
+__all__ = [
+    "LogitsFunction",
+    "NormalizationFunction",
+    "logits_given",
+    "mixes_queries",
+    "own_choice",
+    "sees_all_tokens",
+]
 
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]
 NormalizationFunction = Callable[[Tensor, Tensor | None], Tensor]
@@ -19,6 +27,24 @@ NormalizationFunction = Callable[[Tensor, Tensor | None], Tensor]
 def mixes_queries(normalization: NormalizationFunction | None) -> bool:
     """Whether a query's weights may depend on the other queries; true of one that does not say."""
     return normalization is not None and getattr(normalization, "mixes_queries", True)
+
+
+def sees_all_tokens(logits: LogitsFunction | None) -> bool:
+    """Whether the logits of a pair depend on the other queries and keys."""
+    return isinstance(logits, ConditionalLogits) and logits.sees_all_tokens
+
+
+def logits_given(
+    logits: LogitsFunction | None, query: Tensor, key: Tensor, masks: Masks
+) -> LogitsFunction | None:
+    """The logits as they are for one call of attention, if they depend on it."""
+    if not isinstance(logits, ConditionalLogits):
+        return logits
+    pairs = masks.pairs()
+    # Pairs of a query and a key tell of a token whether it takes part in any.
+    query_mask = None if pairs is None else pairs.any(-1)
+    key_mask = None if pairs is None else pairs.any(-2)
+    return logits.given(query, key, query_mask, key_mask)
 
 
 def own_choice(

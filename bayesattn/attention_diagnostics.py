@@ -18,9 +18,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
-from bayesattn.contraction import inner_products
 from bayesattn.functional import attention_weights
-from bayesattn.fused_route import FusedAttention, is_fusible, reduce_logits
+from bayesattn.fused_route import fused_attention, is_fusible, reduce_logits
 from bayesattn.masking import Masks, combine_masks, with_infinities
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.taps import last_calls
@@ -161,18 +160,15 @@ def _blocks_of_weights(
     """Weights of some queries after the other, under what all queries come to."""
     reduced = reduce_logits(query, key, scale, logits)
     assert reduced is not None
-    fused = FusedAttention.under_masks(reduced, masks)
+    fused = fused_attention(reduced, masks)
     choice = normalization if isinstance(normalization, Normalization) else Softmax()
     components = choice.components(fused)
     assert components is not None
-    query, key, _, key_bias, factor = fused.logits
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = max(1, _BLOCK_ENTRIES // max(1, query[..., 0, 0].numel() * key.shape[-2]))
     for first in range(0, query.shape[-2], rows):
         some = slice(first, first + rows)
-        values = inner_products(query[..., some, :] * factor, key).to(dtype)
-        values = values if key_bias is None else values + key_bias[..., None, :]
-        weights = mixture(values, components, masks.keys)
+        weights = mixture(fused.values_of(some).to(dtype), components, masks.keys)
         if masks.queries is not None:
             weights = torch.where(masks.queries[..., some, :], weights, 0.0)
         yield weights

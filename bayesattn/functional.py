@@ -17,7 +17,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
+from bayesattn.attention_choices import (
+    LogitsFunction,
+    NormalizationFunction,
+    logits_given,
+    mixes_queries,
+    sees_all_tokens,
+)
 from bayesattn.autocasting import autocast_type
 from bayesattn.contraction import (
     has_tangent,
@@ -102,7 +108,9 @@ def attention(
     """
     batch = _check(query, key, value, enable_gqa)
     _check_choices(route, dropout_p, scale, logits)
-    attn_mask = _mask_for(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
+    attn_mask = _mask_for(
+        logits, normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2]
+    )
     if enable_gqa:
         key, value = _repeat_heads(key, batch[-1]), _repeat_heads(value, batch[-1])
     normalization = None if isinstance(normalization, Softmax) else normalization
@@ -123,6 +131,7 @@ def attention(
         is_causal=is_causal and not causal_kernel,
         device=query.device,
     )
+    logits = logits_given(logits, query, key, masks)
     if is_stock:
         settings = {"dropout_p": float(dropout_p), "scale": scale, "is_causal": causal_kernel}
         return _stock(query, key, value, masks, batch, settings)
@@ -159,7 +168,9 @@ def attention_weights(
     """
     batch = _check(query, key, None, enable_gqa)
     _check_choices("dense", 0.0, scale, logits)
-    attn_mask = _mask_for(normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2])
+    attn_mask = _mask_for(
+        logits, normalization, is_causal, attn_mask, query.shape[-2], key.shape[-2]
+    )
     masks = combine_masks(
         (*batch, query.shape[-2], key.shape[-2]),
         attn_mask=attn_mask,
@@ -170,6 +181,7 @@ def attention_weights(
     )
     if enable_gqa:
         key = _repeat_heads(key, batch[-1])
+    logits = logits_given(logits, query, key, masks)
     return _dense_weights(query, key, masks, scale, logits, normalization)
 
 
@@ -295,13 +307,16 @@ def _check_choices(
 
 
 def _mask_for(
+    logits: LogitsFunction | None,
     normalization: NormalizationFunction | None,
     is_causal: bool,
     attn_mask: Tensor | None,
     num_queries: int,
     num_keys: int,
 ) -> Tensor | None:
-    """The mask as a normalization needs it, if it can do with such a mask at all."""
+    """The mask as the choices need it, if they can do with such a mask at all."""
+    if sees_all_tokens(logits):
+        _refuse_causal(logits, is_causal, attn_mask, num_queries, num_keys)
     if not mixes_queries(normalization):
         return attn_mask
     attn_mask = None if attn_mask is None else with_infinities(attn_mask)
@@ -326,3 +341,16 @@ def _mask_for(
     if attn_mask is not None:
         refuse_leaks(attn_mask, num_queries, num_keys, reason)
     return attn_mask
+
+
+def _refuse_causal(
+    logits: object, is_causal: bool, attn_mask: Tensor | None, num_queries: int, num_keys: int
+) -> None:
+    reason = (
+        f"logits: {type(logits).__name__} pools over all tokens, so under a causal mask each query "
+        "would learn of later ones; expected logits that pool over the first token or none"
+    )
+    if is_causal and num_queries > 1:
+        raise ValueError(reason)
+    if attn_mask is not None:
+        refuse_leaks(attn_mask, num_queries, num_keys, reason)

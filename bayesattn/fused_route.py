@@ -16,15 +16,17 @@ from bayesattn.fused import (
     attention_with_key_bias,
     doubly_normalized_attention,
 )
-from bayesattn.logits import DotProduct, Logits, ReducedLogits
+from bayesattn.logits import DotProduct, FactoredLogits, Logits, ReducedLogits
 from bayesattn.masking import Masks
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.normalizations.protocol import Component, Normalization
 
 __all__ = [
+    "FactoredAttention",
     "FusedAttention",
     "attend_fused",
     "check_route",
+    "fused_attention",
     "is_fusible",
     "reduce_logits",
     "takes_fused",
@@ -60,6 +62,8 @@ def takes_fused(
     if route == "dense":
         return False
     obstacle = _obstacle(query, key, masks, logits, normalization)
+    if dropout_p > 0 and getattr(logits, "is_factored", False):
+        obstacle = obstacle or "with dropout_p= of weights that features make"
     if route == "fused":
         if obstacle:
             raise ValueError(f"route: expected 'dense' {obstacle}, got 'fused'")
@@ -87,7 +91,7 @@ def reduce_logits(
     key: Float[Tensor, "*_batch key _dim"],
     scale: Number | None,
     logits: LogitsFunction | None,
-) -> ReducedLogits | None:
+) -> ReducedLogits | FactoredLogits | None:
     """Logits as inner products with biases, or None where they have no such form."""
     if logits is None:
         return DotProduct(scale).reduce(query, key)
@@ -95,19 +99,36 @@ def reduce_logits(
 
 
 def attend_fused(
-    reduced: ReducedLogits,
+    reduced: ReducedLogits | FactoredLogits,
     value: Float[Tensor, "*_batch key _value_dim"],
     masks: Masks,
     normalization: NormalizationFunction | None,
     dropout_p: float,
 ) -> Float[Tensor, "*_batch query _value_dim"]:
     """Averages of the values under masks that do not pair queries with keys."""
-    fused = FusedAttention.under_masks(reduced, masks, value, dropout_p)
+    fused = fused_attention(reduced, masks, value, dropout_p)
     choice = normalization if isinstance(normalization, Normalization) else Softmax()
     output = choice.attend(fused)
     assert output is not None
     output = output.to(value.dtype) if autocast_type(value) is None else output
     return output if masks.queries is None else torch.where(masks.queries, output, 0.0)
+
+
+def fused_attention(
+    logits: ReducedLogits | FactoredLogits,
+    masks: Masks,
+    value: Float[Tensor, "*_batch key _value_dim"] | None = None,
+    dropout_p: float = 0.0,
+) -> "FusedAttention | FactoredAttention":
+    """What a normalization asks, under masks that do not pair queries with keys."""
+    bias = None
+    if masks.bias is not None:
+        bias = torch.where(masks.bias > -torch.inf, masks.bias, 0.0).squeeze(-2)
+    query_mask = None if masks.queries is None else masks.queries.squeeze(-1)
+    key_mask = None if masks.keys is None else masks.keys.squeeze(-2)
+    if isinstance(logits, FactoredLogits):
+        return FactoredAttention(logits, value, query_mask, key_mask, bias)
+    return FusedAttention(logits, value, query_mask, key_mask, bias, dropout_p)
 
 
 class FusedAttention:
@@ -118,6 +139,7 @@ class FusedAttention:
         value: What is averaged; only for the averages.
         query_mask: "*batch query" with the head axis: which queries count; all if None.
         key_mask: "*batch key" with the head axis: which keys take part; all if None.
+        key_bias: Added to the logits of a key.
         dropout_p: Probability of dropping a weight.
     """
 
@@ -127,51 +149,40 @@ class FusedAttention:
         value: Float[Tensor, "*_batch key _value_dim"] | None = None,
         query_mask: Bool[Tensor, "*_batch _query"] | None = None,
         key_mask: Bool[Tensor, "*_batch _key"] | None = None,
+        key_bias: Float[Tensor, "*_batch key"] | None = None,
         dropout_p: float = 0.0,
     ):
-        self.logits, self.value, self.dropout_p = logits, value, dropout_p
+        self.copies, self.value, self.dropout_p = logits.copies, value, dropout_p
+        self.logits = logits._replace(key_bias=_sum(logits.key_bias, self._copied(key_bias)))
         dtype = torch.promote_types(logits.query.dtype, torch.float32)
         self._no_query = None if query_mask is None else _log(query_mask, dtype)
-        self._no_key = None if key_mask is None else _log(key_mask, dtype)
-
-    @classmethod
-    def under_masks(
-        cls,
-        logits: ReducedLogits,
-        masks: Masks,
-        value: Float[Tensor, "*_batch key _value_dim"] | None = None,
-        dropout_p: float = 0.0,
-    ) -> "FusedAttention":
-        """Attention under masks that do not pair queries with keys."""
-        if masks.bias is not None:
-            bias = torch.where(masks.bias > -torch.inf, masks.bias, 0.0).squeeze(-2)
-            logits = logits._replace(key_bias=_sum(logits.key_bias, bias))
-        query_mask = None if masks.queries is None else masks.queries.squeeze(-1)
-        key_mask = None if masks.keys is None else masks.keys.squeeze(-2)
-        return cls(logits, value, query_mask, key_mask, dropout_p)
+        self._no_key = None if key_mask is None else self._copied(_log(key_mask, dtype))
 
     def over_queries(
         self, bias: Shaped[Tensor, "*_batch query"] | None = None
     ) -> Float[Tensor, "*_batch key"]:
         """Logsumexp over the queries that count, with a bias for each."""
-        query, key, query_bias, key_bias, scale = self.logits
+        query, key, query_bias, key_bias, scale, copies = self.logits
         counted = _sum(query_bias, bias, self._no_query)
         total = attention_logsumexp(key, query, counted, scale=scale)
-        return _total(total, key_bias)
+        if copies == 1:
+            return _total(total, key_bias)
+        total = total if key_bias is None else total + key_bias
+        return _total(total.unflatten(-1, (copies, -1)).logsumexp(-2), None)
 
     def over_keys(
         self, bias: Shaped[Tensor, "*_batch key"] | None = None
     ) -> Float[Tensor, "*_batch query"]:
         """Logsumexp over the keys that take part, with a bias for each."""
-        query, key, query_bias, key_bias, scale = self.logits
-        counted = _sum(key_bias, bias, self._no_key)
+        query, key, query_bias, key_bias, scale, _ = self.logits
+        counted = _sum(key_bias, self._copied(bias), self._no_key)
         total = attention_logsumexp(query, key, counted, scale=scale)
         return _total(total, query_bias)
 
     def attend(self, component: Component) -> Float[Tensor, "*_batch query _value_dim"]:
         """Averages of the values under one softmax, times its share."""
-        query, key, _, key_bias, scale = self.logits
-        bias = _sum(key_bias, component.key_bias, self._no_key)
+        query, key, _, key_bias, scale, _ = self.logits
+        bias = _sum(key_bias, self._copied(component.key_bias), self._no_key)
         output = attention_with_key_bias(
             query, key, self._values(), bias, scale=scale, dropout_p=self.dropout_p
         )
@@ -181,17 +192,94 @@ class FusedAttention:
         self, log_prior: Shaped[Tensor, "*_batch query"] | None = None
     ) -> Float[Tensor, "*_batch query _value_dim"]:
         """Averages of the values under doubly-normalized weights, which no key's bias changes."""
-        query, key, query_bias, _, scale = self.logits
-        if self.dropout_p > 0:
+        query, key, query_bias, _, scale, copies = self.logits
+        if self.dropout_p > 0 or copies > 1:
             return self.attend(Component(-self.over_queries(log_prior)))
         prior = _sum(query_bias, log_prior, self._no_query)
         return doubly_normalized_attention(
             query, key, self._values(), prior, self._no_key, scale=scale
         )
 
+    def values_of(self, queries: slice) -> Float[Tensor, "*_batch chosen key"]:
+        """The logits of some queries, masks and the queries' bias left out."""
+        return self.logits._replace(query_bias=None).values(queries)
+
     def _values(self) -> Tensor:
         assert self.value is not None
-        return self.value
+        return self.value if self.copies == 1 else _repeated(self.value.mT, self.copies).mT
+
+    def _copied(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.copies == 1 else _repeated(bias, self.copies)
+
+
+class FactoredAttention:
+    r"""What a normalization asks of logits through features: two fused attentions in a row.
+
+    .. math:: a_{ij} = \sum_m p(m \mid i)\, p(j \mid m), \quad
+        p(j \mid m) \propto e^{B_{mj}}, \quad
+        p(m \mid i) \propto e^{A_{im} + \log \sum_j e^{B_{mj}}}
+
+    under a softmax over keys: each feature averages the values, and each query the features. No sum
+    can over- or underflow, and nothing is as large as the product of two sequences.
+
+    Args:
+        logits: Through features.
+        value: What is averaged; only for the averages.
+        query_mask: "*batch query" with the head axis: which queries count; all if None.
+        key_mask: "*batch key" with the head axis: which keys take part; all if None.
+        key_bias: Added to the logits of a key.
+    """
+
+    def __init__(
+        self,
+        logits: FactoredLogits,
+        value: Float[Tensor, "*_batch key _value_dim"] | None = None,
+        query_mask: Bool[Tensor, "*_batch _query"] | None = None,
+        key_mask: Bool[Tensor, "*_batch _key"] | None = None,
+        key_bias: Float[Tensor, "*_batch key"] | None = None,
+    ):
+        self.logits = logits
+        self._key_mask, self._key_bias = key_mask, key_bias
+        self._queries = FusedAttention(logits.query, query_mask=query_mask)
+        self._keys = FusedAttention(logits.key, value, key_mask=key_mask, key_bias=key_bias)
+
+    def over_queries(
+        self, bias: Shaped[Tensor, "*_batch query"] | None = None
+    ) -> Float[Tensor, "*_batch key"]:
+        """Logsumexp over the queries that count, with a bias for each."""
+        return self._keys.over_queries(self._queries.over_queries(bias))
+
+    def over_keys(
+        self, bias: Shaped[Tensor, "*_batch key"] | None = None
+    ) -> Float[Tensor, "*_batch query"]:
+        """Logsumexp over the keys that take part, with a bias for each."""
+        total = self._queries.over_keys(self._keys.over_keys(bias))
+        if self._key_mask is None:
+            return total
+        return torch.where(self._key_mask.any(-1, keepdim=True), total, 0.0)
+
+    def attend(self, component: Component) -> Float[Tensor, "*_batch query _value_dim"]:
+        """Averages of the values under one softmax, times its share."""
+        features = self._keys.attend(Component(component.key_bias))
+        totals = self._keys.over_keys(component.key_bias)
+        through = FusedAttention(self.logits.query, features.to(self.logits.query.query.dtype))
+        return through.attend(Component(totals, component.weight))
+
+    def attend_doubly_normalized(
+        self, log_prior: Shaped[Tensor, "*_batch query"] | None = None
+    ) -> Float[Tensor, "*_batch query _value_dim"]:
+        """Averages of the values under doubly-normalized weights."""
+        return self.attend(Component(-self.over_queries(log_prior)))
+
+    def values_of(self, queries: slice) -> Float[Tensor, "*_batch chosen key"]:
+        """The logits of some queries, masks left out."""
+        values = self.logits.values(queries)
+        return values if self._key_bias is None else values + self._key_bias[..., None, :]
+
+
+def _repeated(part: Tensor, copies: int) -> Tensor:
+    """Put copies of the last axis one after the other."""
+    return part[..., None, :].expand(*part.shape[:-1], copies, -1).flatten(-2)
 
 
 def _log(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from bayesattn.attention_choices import (
     NormalizationFunction,
     mixes_queries,
     own_choice,
+    sees_all_tokens,
 )
 from bayesattn.contraction import weighted_sums
 from bayesattn.decoding_cache import KeyValueCache
@@ -333,13 +334,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = sequence_sizes(query, key, value, widths, batch_first=self.batch_first)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         mixes = mixes_queries(self.normalization)
+        needs_padding = mixes or sees_all_tokens(self.logits)
         if cache is not None:
             check_type("cache", cache, KeyValueCache)
         earlier = 0 if cache is None else cache.length
-        if cache is not None and (mixes or appended):
+        if cache is not None and (needs_padding or appended):
             raise ValueError(
-                "cache: expected a normalization over keys alone, and no keys appended by "
-                "add_bias_kv or add_zero_attn"
+                "cache: expected a normalization over keys alone, logits that do not pool over "
+                "all tokens, and no keys appended by add_bias_kv or add_zero_attn"
             )
         shape = LayerShape(
             sizes[0], self.num_heads, sizes[1], earlier + sizes[2], appended, earlier
@@ -349,14 +351,14 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "is_causal: expected no keys appended by add_bias_kv or add_zero_attn where the "
                 f"normalization runs over queries, got {appended}"
             )
-        # Only a normalization over queries asks: the softmax treats padding as PyTorch does.
-        if mixes and query_padding_mask is None and key_padding_mask is not None:
+        # Only what looks at other queries asks: the softmax treats padding as PyTorch does.
+        if needs_padding and query_padding_mask is None and key_padding_mask is not None:
             if query is key:
                 query_padding_mask = key_padding_mask
             elif query.shape == key.shape:
                 warnings.warn(
-                    "query_padding_mask: the normalization runs over queries, and as query and "
-                    "key are two tensors, no query is taken for padding; pass the mask to say "
+                    "query_padding_mask: normalization or logits look at all queries, and as query "
+                    "and key are two tensors, no query is taken for padding; pass the mask to say "
                     "which are (all False if none)",
                     stacklevel=3,
                 )

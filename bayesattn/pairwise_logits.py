@@ -6,12 +6,14 @@ An edge leads from its source, the key :math:`j`, to its target, the query :math
 linear in the number of edges; no logits of other pairs are formed.
 """
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.attention_choices import LogitsFunction
-from bayesattn.logits import DotProduct, EdgeLogits, Logits, ReducedLogits
+from bayesattn.logits import DotProduct, EdgeLogits, FactoredLogits, Logits, ReducedLogits
 
 __all__ = ["check_pairwise", "logits_of_edges"]
 
@@ -40,6 +42,8 @@ def logits_of_edges(
     reduced = choice.reduce(query, key)
     if reduced is None:
         raise _dense_only(logits)
+    if isinstance(reduced, FactoredLogits):
+        return _factored_on_edges(reduced, edges)
     return _reduced_on_edges(reduced, edges)
 
 
@@ -58,13 +62,29 @@ def _reduced_on_edges(reduced: ReducedLogits, edges: Tensor) -> Tensor:
     sources, targets = edges
     # Gathered along the first axis, rows are copied whole.
     query = reduced.query.transpose(0, 1).index_select(0, targets)
-    key = reduced.key.transpose(0, 1).index_select(0, sources)
-    values = (query * key).sum(-1, dtype=_wide(query)).mT * reduced.scale
+    copies = []
+    for key, bias in _copies(reduced):
+        gathered = key.transpose(0, 1).index_select(0, sources)
+        values = (query * gathered).sum(-1, dtype=_wide(query)).mT * reduced.scale
+        copies.append(values if bias is None else values + bias.index_select(1, sources))
+    values = copies[0] if len(copies) == 1 else torch.stack(copies).logsumexp(0)
     if reduced.query_bias is not None:
         values = values + reduced.query_bias.index_select(1, targets)
-    if reduced.key_bias is not None:
-        values = values + reduced.key_bias.index_select(1, sources)
     return values
+
+
+def _factored_on_edges(reduced: FactoredLogits, edges: Tensor) -> Tensor:
+    sources, targets = edges
+    to_features = reduced.query.values().transpose(0, 1).index_select(0, targets)
+    from_features = reduced.key.values().permute(2, 0, 1).index_select(0, sources)
+    return (to_features + from_features).to(_wide(to_features)).logsumexp(-1).mT
+
+
+def _copies(reduced: ReducedLogits) -> Iterator[tuple[Tensor, Tensor | None]]:
+    keys = reduced.key.chunk(reduced.copies, 1)
+    if reduced.key_bias is None:
+        return ((key, None) for key in keys)
+    return zip(keys, reduced.key_bias.chunk(reduced.copies, 1), strict=True)
 
 
 def _wide(part: Tensor) -> torch.dtype:

@@ -529,7 +529,7 @@ def test_queries_whose_padding_is_not_told_warn(generator):
     x = torch.randn(BATCH, KEYS, WIDTH, generator=generator)
     padding = layer_masks(generator, "padding")["key_padding_mask"]
     expected, _ = layer(x, x, x, padding)
-    with pytest.warns(UserWarning, match="query_padding_mask: the normalization runs over queries"):
+    with pytest.warns(UserWarning, match="query_padding_mask: normalization or logits look at all"):
         layer(x.clone(), x, x, padding)
     ours, _ = layer(x.clone(), x, x, padding, query_padding_mask=padding)
     torch.testing.assert_close(ours, expected)

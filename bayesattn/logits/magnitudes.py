@@ -9,16 +9,17 @@ Source:
     is not the distances', and lets the temperature change with p.
 """
 
+import copy
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bayesattn.argument_checks import check_count, check_positive
+from bayesattn.argument_checks import check_count, check_positive, check_type
 from bayesattn.kernels.distances import widened
 
-__all__ = ["Magnitude", "scaled_squared_norm"]
+__all__ = ["Magnitude", "own_magnitude", "scaled_squared_norm"]
 
 # A whole number is a number too, which run-time type checks do not take for a float.
 Number = float | int
@@ -96,6 +97,20 @@ class Magnitude(nn.Module):
         """The start, and the number of heads where they learn."""
         learned = "" if self.num_heads is None else f", num_heads={self.num_heads}"
         return f"p={self.start}{learned}"
+
+
+def own_magnitude(magnitude: Magnitude | bool, num_heads: int) -> Magnitude | None:
+    """Copy a magnitude for one layer's use; a Euclidean one if True, none if False.
+
+    Raises:
+        ValueError: If it is for other heads.
+    """
+    check_type("magnitude", magnitude, Magnitude, bool)
+    if isinstance(magnitude, bool):
+        return Magnitude() if magnitude else None
+    if magnitude.num_heads not in (None, num_heads):
+        raise ValueError(f"magnitude: expected num_heads={num_heads}, got {magnitude.num_heads}")
+    return copy.deepcopy(magnitude)
 
 
 def scaled_squared_norm(

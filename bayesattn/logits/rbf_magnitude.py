@@ -60,5 +60,5 @@ class RBFMagnitude(Logits):
         scale = query.shape[-1] ** -0.5
         if self.magnitude.is_euclidean:
             return ReducedLogits(query, key, scale=scale)
-        biases = (self.magnitude.excess(part).to(part.dtype) for part in (query, key))
-        return ReducedLogits(query, key, *biases, scale)
+        of_query, of_key = (self.magnitude.excess(part).to(part.dtype) for part in (query, key))
+        return ReducedLogits(query, key, of_query, of_key, scale)

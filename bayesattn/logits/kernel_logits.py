@@ -1,0 +1,158 @@
+r"""Logits of attention with a kernel: its logarithm, and the magnitudes of query and key.
+
+.. math:: s_{ij} = \log \kappa(q_i - k_j) + m(q_i) + m(k_j)
+
+With :math:`\kappa(\delta) = e^{-\lVert \delta \rVert^2 / 2 \sqrt d}` this is the scaled dot
+product. All kernels here start there, so that the layers of a trained model can take them and go
+on.
+
+Source:
+    Song et al. (2021), Implicit kernel attention, arXiv:2006.06147, for the decomposition.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayesattn.argument_checks import check_count
+from bayesattn.autocasting import full_precision
+from bayesattn.kernels.distances import widened
+from bayesattn.logits.magnitudes import Magnitude, own_magnitude
+from bayesattn.logits.protocol import EdgeLogits
+
+__all__ = [
+    "KernelLogits",
+    "at_least_zero",
+    "logits_along_edges",
+    "logits_of_pairs",
+    "start_rate",
+]
+
+LogKernel = Callable[[Tensor, Tensor], Tensor]
+
+
+class KernelLogits(EdgeLogits):
+    """Log kernel and magnitudes. A subclass defines the kernel, of all pairs and of given ones.
+
+    Args:
+        num_heads: Each head has a kernel of its own.
+        dim: Width of a head.
+        magnitude: The magnitudes, copied; Euclidean ones if True, none if False, so that only the
+            difference of query and key counts.
+
+    Attributes:
+        magnitude: The magnitudes, or None.
+
+    Raises:
+        ValueError: If a size is not positive, or the magnitudes are for other heads.
+    """
+
+    def __init__(self, num_heads: int, dim: int, magnitude: Magnitude | bool = True):
+        super().__init__()
+        self.num_heads, self.dim = check_count("num_heads", num_heads), check_count("dim", dim)
+        self.magnitude = own_magnitude(magnitude, num_heads)
+
+    def log_kernel(
+        self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
+    ) -> Float[Tensor, "*_batch query key"]:
+        """Logarithm of the kernel of all pairs, up to a constant.
+
+        Args:
+            query: In float32 or wider.
+            key: Likewise.
+        """
+        raise NotImplementedError
+
+    def log_kernel_of_pairs(
+        self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
+    ) -> Float[Tensor, "*_batch pair"]:
+        """Logarithm of the kernel of each query with the key in its place, up to a constant."""
+        raise NotImplementedError
+
+    def forward(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> Float[Tensor, "*_batch query key"]:
+        """The logits of all pairs."""
+        return logits_of_pairs(self.log_kernel, self.magnitude, query, key)
+
+    def on_edges(
+        self,
+        query: Float[Tensor, "head query dim"],
+        key: Float[Tensor, "head key dim"],
+        edges: Int[Tensor, "2 edge"],
+    ) -> Float[Tensor, "head edge"]:
+        """The logits of each edge."""
+        return logits_along_edges(self.log_kernel_of_pairs, self.magnitude, query, key, edges)
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"num_heads={self.num_heads}, dim={self.dim}"
+
+
+def logits_of_pairs(
+    log_kernel: LogKernel,
+    magnitude: Magnitude | None,
+    query: Float[Tensor, "*_batch query _dim"],
+    key: Float[Tensor, "*_batch key _dim"],
+) -> Float[Tensor, "*_batch query key"]:
+    """Log kernel and magnitudes of all pairs, in the type of the queries.
+
+    Args:
+        log_kernel: Of all pairs, from queries and keys in float32 or wider.
+        magnitude: Of queries and keys; none if None.
+        query: What asks.
+        key: What is asked.
+    """
+    with full_precision(query):
+        asking, asked = widened(query), widened(key)
+        values = log_kernel(asking, asked)
+        if magnitude is not None:
+            values = values + magnitude(asking)[..., :, None] + magnitude(asked)[..., None, :]
+    return values.to(query.dtype)
+
+
+def logits_along_edges(
+    log_kernel_of_pairs: LogKernel,
+    magnitude: Magnitude | None,
+    query: Float[Tensor, "head query dim"],
+    key: Float[Tensor, "head key dim"],
+    edges: Int[Tensor, "2 edge"],
+) -> Float[Tensor, "head edge"]:
+    """Log kernel and magnitudes of the pairs that edges join, in float32 or wider.
+
+    Args:
+        log_kernel_of_pairs: Of each query with the key in its place.
+        magnitude: Of queries and keys; none if None.
+        query: What asks.
+        key: What is asked.
+        edges: Numbers of keys, and of the queries that see them.
+    """
+    sources, targets = edges
+    with full_precision(query):
+        asking, asked = widened(query), widened(key)
+        # Gathered along the first axis, rows are copied whole.
+        rows = (
+            part.transpose(0, 1).index_select(0, ends).transpose(0, 1)
+            for part, ends in ((asking, targets), (asked, sources))
+        )
+        values = log_kernel_of_pairs(*rows)
+        if magnitude is not None:
+            values = values + magnitude(asking).index_select(1, targets)
+            values = values + magnitude(asked).index_select(1, sources)
+    return values
+
+
+def start_rate(dim: int) -> float:
+    r"""Rate r of the kernel :math:`e^{-r \lVert \delta \rVert^2 / 2}` that softmax has."""
+    return dim**-0.5
+
+
+def at_least_zero(raw: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Numbers from zero on, of a slope of one everywhere.
+
+    What is at zero, or pushed below, can so come back; softmax stands at that edge of the families
+    of kernels around it.
+    """
+    return torch.where(raw < 0, raw - raw.detach(), raw)

@@ -1,0 +1,126 @@
+r"""Mixtures of Gaussian kernels of several widths, which reduce to fused attention.
+
+.. math:: \kappa(\delta) = \sum_m \pi_m \exp\Big(-\tfrac12 \sum_d \lambda_{md} \delta_d^2\Big)
+
+By Schoenberg's theorem mixtures of isotropic Gaussians are all the radial kernels that are positive
+definite in any dimension. Such a kernel is positive too, and a softmax of its logits is one over M
+copies of each key.
+
+Source:
+    Schoenberg (1938), Metric spaces and completely monotone functions, Annals of Mathematics 39.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bayesattn.argument_checks import check_count, check_not_negative
+from bayesattn.kernels.distances import widened
+from bayesattn.logits.kernel_logits import KernelLogits, start_rate
+from bayesattn.logits.magnitudes import Magnitude
+from bayesattn.logits.protocol import ReducedLogits
+
+__all__ = ["SchoenbergMixture"]
+
+# A whole number is a number too, which run-time type checks do not take for a float.
+Number = float | int
+
+
+class SchoenbergMixture(KernelLogits):
+    r"""A mixture of Gaussian kernels, the widths and shares of which each head learns.
+
+    Softmax attention takes the fused route: of queries and their squares, in M copies of the keys.
+
+    Args:
+        num_heads: Each head has a kernel of its own.
+        dim: Width of a head.
+        num_components: M.
+        spread: At the start rates are the softmax's times :math:`e^{-s}` to :math:`e^{s}`; at zero
+            all are the softmax's. Components part even then, for each learns at a pace of its own.
+        magnitude: As for :class:`bayesattn.logits.KernelLogits`.
+
+    Attributes:
+        raw_rate: :math:`\log \lambda` less its start and over the component's pace, for each head,
+            component and coordinate.
+        log_share: Shares before their softmax, for each head and component.
+
+    Raises:
+        ValueError: If a size is not positive, or the spread is negative.
+    """
+
+    pace: Tensor
+    start: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        dim: int,
+        num_components: int = 4,
+        *,
+        spread: Number = 0.0,
+        magnitude: Magnitude | bool = True,
+    ):
+        super().__init__(num_heads, dim, magnitude)
+        self.num_components = check_count("num_components", num_components)
+        check_not_negative("spread", spread)
+        self.raw_rate = nn.Parameter(torch.empty(num_heads, num_components, dim))
+        self.log_share = nn.Parameter(torch.empty(num_heads, num_components))
+        steps = (torch.arange(num_components) + 0.5) / num_components
+        self.register_buffer("pace", 0.5 + steps)
+        self.register_buffer("start", math.log(start_rate(dim)) + spread * (2 * steps - 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start at the scaled dot product, or about it."""
+        nn.init.zeros_(self.raw_rate)
+        nn.init.zeros_(self.log_share)
+
+    @property
+    def rate(self) -> Float[Tensor, "head component dim"]:
+        r""":math:`\lambda`."""
+        return (self.start[:, None] + self.pace[:, None] * self.raw_rate).exp()
+
+    @property
+    def share(self) -> Float[Tensor, "head component"]:
+        r""":math:`\pi`."""
+        return self.log_share.softmax(-1)
+
+    def reduce(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Queries beside their squares, and a copy of the keys for each component."""
+        asking, asked = widened(query), widened(key)[..., None, :, :]
+        rate = self.rate.to(asked.dtype)[..., None, :]
+        linear, square = rate * asked, (-rate / 2).expand_as(rate * asked)
+        bias = self.log_share.to(asked.dtype).log_softmax(-1)[..., None]
+        bias = bias - (rate * asked.square()).sum(-1) / 2
+        query_bias = None
+        if self.magnitude is not None:
+            query_bias = self.magnitude(asking).to(query.dtype)
+            bias = bias + self.magnitude(asked)
+        return ReducedLogits(
+            torch.cat([asking, asking.square()], -1).to(query.dtype),
+            torch.cat([linear, square], -1).flatten(-3, -2).to(key.dtype),
+            query_bias,
+            bias.flatten(-2),
+            copies=self.num_components,
+        )
+
+    def forward(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> Float[Tensor, "*_batch query key"]:
+        """The logits of all pairs."""
+        return self.reduce(query, key).values().to(query.dtype)
+
+    def log_kernel_of_pairs(
+        self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
+    ) -> Float[Tensor, "*_batch pair"]:
+        """Logarithm of the kernel of each query with the key in its place."""
+        parts = (query - key).square() @ self.rate.to(query.dtype).mT
+        return (self.log_share.to(query.dtype).log_softmax(-1)[:, None] - parts / 2).logsumexp(-1)
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"{super().extra_repr()}, num_components={self.num_components}"
