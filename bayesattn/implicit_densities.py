@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count
-from bayesattn.logits.implicit import ImplicitSpectralLogits, LatentLaw
+from bayesattn.logits.implicit import ImplicitSpectralLogits
+from bayesattn.logits.latent_laws import LatentLaw
 
 __all__ = ["DensityTerms", "density_draws", "density_terms", "sampled_outputs", "warm_up"]
 
@@ -36,7 +37,7 @@ class DensityTerms:
     def hear(self, layer: ImplicitSpectralLogits, law: LatentLaw) -> None:
         """Take up the law that a layer draws from."""
         divergence = layer.num_frequencies * law.divergence()
-        if layer.pool == "none":
+        if layer.law.pool == "none":
             self.shared.append(divergence)
         else:
             self.local.append(divergence)
