@@ -8,7 +8,17 @@ import torch
 from bayesattn.decoding_cache import KeyValueCache
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
 from bayesattn.functional import attention
-from bayesattn.logits import GaussianLogits
+from bayesattn.logits import (
+    GaussianLogits,
+    ImplicitSpectralLogits,
+    Matern,
+    PositiveFeatures,
+    RationalQuadratic,
+    RBFMagnitude,
+    SchoenbergMixture,
+    SpectralLogits,
+    SpectralMixture,
+)
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.normalizations import (
     CausalDoublyNormalized,
@@ -21,6 +31,14 @@ from bayesattn.shared_projections import Collaborative
 from tests.compilation import undone_compilation
 
 HEADS, WIDTH, BATCH, TOKENS = 3, 12, 5, 7
+
+
+def _made(kind, *sizes, **settings):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(HEADS, WIDTH // HEADS, *sizes, **settings).double()
+
+
 CHOICES = {
     "softmax": {},
     "doubly": {"normalization": DoublyNormalized()},
@@ -29,6 +47,19 @@ CHOICES = {
     "hybrid": {"normalization": HybridNormalized(HEADS)},
     "sinkhorn": {"normalization": Sinkhorn(3)},
     "gaussian": {"logits": GaussianLogits(HEADS, WIDTH // HEADS)},
+    "magnitude": {"logits": RBFMagnitude(3.0, HEADS)},
+    "quadratic": {"logits": RationalQuadratic(HEADS, WIDTH // HEADS, tail=0.5)},
+    "matern": {"logits": Matern(HEADS, WIDTH // HEADS, share=0.5)},
+    "schoenberg": {"logits": SchoenbergMixture(HEADS, WIDTH // HEADS, 3, spread=1.0)},
+    "oscillating": {"logits": _made(SpectralMixture)},
+    "spectral": {"logits": _made(SpectralLogits, 8)},
+    "squared": {"logits": _made(SpectralLogits, 8, square="plain", is_stationary=False)},
+    "implicit": {"logits": _made(ImplicitSpectralLogits, 8)},
+    "features": {"logits": _made(PositiveFeatures, 8)},
+    "features, doubly": {
+        "logits": _made(PositiveFeatures, 8),
+        "normalization": DoublyNormalized(),
+    },
     "shared": {"projections": Collaborative(5)},
     "shared, doubly": {"projections": Collaborative(5), "normalization": DoublyNormalized()},
 }
@@ -43,7 +74,8 @@ def encoder(seeded_layers, device):
         layer = TransformerEncoderLayer(
             WIDTH, HEADS, 17, dropout=0.0, batch_first=True, **CHOICES[choice]
         )
-        model = TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        # In evaluation, where nothing is drawn.
+        model = TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         return model, copy.deepcopy(model).to(device)
 
     return build

@@ -8,6 +8,10 @@ stock passes of it, one for the column sums and one for the weights, take 14: tw
 normalized attention needs no more than 8, one for the sums, 2 for the outputs, and 5 for both
 gradients in one sweep; that is 1.14 of softmax's. What is above that is in exponentials and in
 products that run less well than those inside PyTorch's kernel.
+
+Of kernels in the place of the dot product, RBF × magnitude is softmax attention with a bias of the
+keys, a mixture of C Gaussian kernels is one of C copies of the keys at twice the width, and M
+positive features are two of S × M × d each.
 """
 
 import argparse
@@ -20,6 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayesattn.functional import attention
+from bayesattn.logits import (
+    Logits,
+    PositiveFeatures,
+    RationalQuadratic,
+    RBFMagnitude,
+    SchoenbergMixture,
+    SpectralLogits,
+)
 from bayesattn.normalizations import (
     DoublyNormalized,
     HybridNormalized,
@@ -30,7 +42,7 @@ from bayesattn.normalizations import (
 from tests.benchmarks.peak_memory import peak_bytes
 from tests.benchmarks.timing import Clock, alternating, name_of, repeated, table
 
-__all__ = ["PRODUCTS", "contestants", "measure"]
+__all__ = ["contestants", "measure", "products"]
 
 HEADS, DIM = 8, 64
 # Beyond this, weights of all heads are gigabytes.
@@ -47,19 +59,39 @@ PRODUCTS = {
     "hybrid, fused": 15,
     "sinkhorn 3, dense": 6,
     "sinkhorn 3, fused": 27,
+    "magnitude, p = 3": 7,
+    "magnitude, learned p": 7,
+    "mixture of 4, fused": 44,
+    "mixture of 4, dense": 36,
+    "rational quadratic, dense": 6,
+    "64 frequencies, dense": 10,
 }
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def by(normalization: Normalization | None, route: str) -> Attend:
-    """Attention by one normalization and route."""
-    return lambda q, k, v: attention(q, k, v, normalization=normalization, route=route)
+def by(normalization: Normalization | None, route: str, logits: Logits | None = None) -> Attend:
+    """Attention by one choice and route."""
+    settings = {"normalization": normalization, "logits": logits, "route": route}
+    return lambda q, k, v: attention(q, k, v, **settings)
+
+
+def products(name: str, length: int) -> float:
+    """Matrix products of S × S × d that a contestant cannot do without."""
+    if name.endswith("features"):
+        return 14 * int(name.split(maxsplit=1)[0]) / length
+    return PRODUCTS[name]
 
 
 def contestants(device: str) -> dict[str, Attend]:
     """All by name, with what they learn on a device."""
     interpolated = InterpolatedNormalized(HEADS).to(device)
     hybrid = HybridNormalized(HEADS).to(device)
+    sizes = (HEADS, DIM)
+    features = {
+        f"{count} features": by(None, "fused", PositiveFeatures(*sizes, count).to(device))
+        for count in (64, 128, 256)
+    }
+    mixture = SchoenbergMixture(*sizes, 4, spread=1.0).to(device)
     return {
         "SDPA": F.scaled_dot_product_attention,
         "softmax, dense": by(None, "dense"),
@@ -71,6 +103,15 @@ def contestants(device: str) -> dict[str, Attend]:
         "hybrid, fused": by(hybrid, "fused"),
         "sinkhorn 3, dense": by(Sinkhorn(3), "dense"),
         "sinkhorn 3, fused": by(Sinkhorn(3), "fused"),
+        "magnitude, p = 3": by(None, "fused", RBFMagnitude(3.0)),
+        "magnitude, learned p": by(None, "fused", RBFMagnitude(3.0, HEADS).to(device)),
+        "mixture of 4, fused": by(None, "fused", mixture),
+        "mixture of 4, dense": by(None, "dense", mixture),
+        "rational quadratic, dense": by(None, "dense", RationalQuadratic(*sizes).to(device)),
+        "64 frequencies, dense": by(
+            None, "dense", SpectralLogits(*sizes, 64, square="plain").to(device)
+        ),
+        **features,
     }
 
 
@@ -87,14 +128,19 @@ def measure(
 ) -> tuple[dict[str, tuple[float, str]], dict[str, float]]:
     """Median milliseconds and spread of each contestant, and megabytes it needs at its peak."""
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(4)]
-    *inputs, gradient = (part.to(device, dtype) for part in parts)
+    drawn = [torch.randn(1, HEADS, length, DIM, generator=generator) for _ in range(4)]
+    *inputs, gradient = (part.to(device, dtype) for part in drawn)
     inputs = [part.requires_grad_() for part in inputs]
 
     def once(attend: Attend) -> None:
         torch.autograd.grad(attend(*inputs), inputs, gradient)
 
-    chosen = {n: a for n, a in contestants(device).items() if match in n or n == "SDPA"}
+    parts = match.split("|")
+    chosen = {
+        name: attend
+        for name, attend in contestants(device).items()
+        if name == "SDPA" or any(part in name for part in parts)
+    }
     if length > longest_dense:
         chosen = {name: attend for name, attend in chosen.items() if "dense" not in name}
     calls = {name: functools.partial(once, attend) for name, attend in chosen.items()}
@@ -115,7 +161,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each turn, about")
-    parser.add_argument("--match", default="", help="only contestants whose names have this")
+    parser.add_argument(
+        "--match", default="", help="only those with this, or this|that, in the name"
+    )
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -139,7 +187,7 @@ def main() -> None:
                     name,
                     f"{median:.3g} ({spread})",
                     f"{median / times['SDPA'][0]:.2f}",
-                    f"{PRODUCTS[name] / PRODUCTS['SDPA']:.2f}",
+                    f"{products(name, length) / PRODUCTS['SDPA']:.2f}",
                     f"{memory[name]:.0f}",
                     f"{memory[name] / memory['SDPA']:.2f}",
                 ]
