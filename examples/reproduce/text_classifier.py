@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bayesattn.attention_choices import NormalizationFunction
 from bayesattn.encoder import TransformerEncoderLayer
+from bayesattn.logits import Logits
 from bayesattn.shared_projections import Collaborative
 from examples.reproduce.text_tasks import TextSplits
 
@@ -66,6 +67,7 @@ def small_transformer(
     dim: int = 64,
     normalization: Callable[[], NormalizationFunction | None] = lambda: None,
     projections: Collaborative | None = None,
+    logits: Callable[[int, int], Logits] | None = None,
 ) -> TextClassifier:
     """Build an untrained classifier of two layers.
 
@@ -78,6 +80,8 @@ def small_transformer(
         dim: Width.
         normalization: Gives that of a layer, None for the softmax.
         projections: Of each layer, None for heads that share none.
+        logits: ``logits(num_heads, head_dim)`` gives those of a layer; the scaled dot product if
+            None.
     """
 
     def layer() -> nn.Module:
@@ -90,6 +94,7 @@ def small_transformer(
             norm_first=True,
             normalization=normalization(),
             projections=projections,
+            logits=None if logits is None else logits(num_heads, dim // num_heads),
         )
 
     sizes = len(splits.vocabulary), len(splits.label_names)
