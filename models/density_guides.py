@@ -77,7 +77,7 @@ class SignedNormal(dist.TorchDistribution):
         sign = 2 * torch.bernoulli(half) - 1
         return sign * self.loc + self.scale * (self._factor @ noise)
 
-    def log_prob(self, value: Float[Tensor, "*draw head latent"]) -> Float[Tensor, "*draw"]:
+    def log_prob(self, value: Float[Tensor, "*_draw head latent"]) -> Float[Tensor, "*_batch"]:
         """Log density of the mixture of both signs."""
         either = [self._log_normal(value - sign * self.loc) for sign in (1, -1)]
         return torch.logaddexp(*either) - math.log(2)
