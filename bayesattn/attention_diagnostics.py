@@ -158,7 +158,7 @@ def _blocks_of_weights(
     normalization: NormalizationFunction | None,
 ) -> Iterator[Tensor]:
     """Weights of some queries after the other, under what all queries come to."""
-    reduced = reduce_logits(query, key, scale, logits)
+    reduced = reduce_logits(query, key, scale, logits, normalization)
     assert reduced is not None
     fused = fused_attention(reduced, masks)
     choice = normalization if isinstance(normalization, Normalization) else Softmax()

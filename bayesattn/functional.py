@@ -136,7 +136,7 @@ def attention(
         settings = {"dropout_p": float(dropout_p), "scale": scale, "is_causal": causal_kernel}
         return _stock(query, key, value, masks, batch, settings)
     if takes_fused(route, query, key, masks, logits, normalization, float(dropout_p)):
-        reduced = reduce_logits(query, key, scale, logits)
+        reduced = reduce_logits(query, key, scale, logits, normalization)
         if reduced is not None:
             return attend_fused(reduced, value, masks, normalization, float(dropout_p))
     weights = _dense_weights(query, key, masks, scale, logits, normalization)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from bayesattn.attention_choices import LogitsFunction, NormalizationFunction
+from bayesattn.attention_choices import LogitsFunction, NormalizationFunction, mixes_queries
 from bayesattn.autocasting import autocast_type
 from bayesattn.fused import (
     attention_logsumexp,
@@ -91,11 +91,18 @@ def reduce_logits(
     key: Float[Tensor, "*_batch key _dim"],
     scale: Number | None,
     logits: LogitsFunction | None,
+    normalization: NormalizationFunction | None,
 ) -> ReducedLogits | FactoredLogits | None:
-    """Logits as inner products with biases, or None where they have no such form."""
+    """Logits as inner products with biases, or None where they have no such form.
+
+    Those of one normalization's use: biases that it does not see may be missing.
+    """
     if logits is None:
         return DotProduct(scale).reduce(query, key)
-    return logits.reduce(query, key) if isinstance(logits, Logits) else None
+    if not isinstance(logits, Logits):
+        return None
+    over_queries = mixes_queries(normalization)
+    return logits.reduce(query, key) if over_queries else logits.reduce_over_keys(query, key)
 
 
 def attend_fused(

@@ -102,10 +102,11 @@ class LawNetwork(nn.Module):
         nn.init.zeros_(self.output_bias)
         with torch.no_grad():
             self.output_bias[:, -1] = _COUPLING
-        if self.input_weight is not None:
-            nn.init.normal_(self.input_weight, std=self.input_weight.shape[1] ** -0.5)
-            nn.init.zeros_(self.input_bias)
-            nn.init.zeros_(self.output_weight)
+        if self.pool != "none":
+            first, bias, last = self._network()
+            nn.init.normal_(first, std=first.shape[1] ** -0.5)
+            nn.init.zeros_(bias)
+            nn.init.zeros_(last)
 
     def forward(
         self,
@@ -126,16 +127,17 @@ class LawNetwork(nn.Module):
     def _of_pooled(
         self, query: Tensor, key: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
     ) -> Float[Tensor, "*_batch head output"]:
+        first, bias, last = (part.to(query.dtype) for part in self._network())
+        pool = _mean if self.pool == "mean" else _first
+        pooled = torch.broadcast_tensors(pool(query, query_mask), pool(key, key_mask))
+        hidden = torch.einsum("...hi,hio->...ho", torch.cat(pooled, -1), first)
+        return torch.einsum("...hi,hio->...ho", torch.tanh(hidden + bias), last)
+
+    def _network(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self.input_weight is not None
         assert self.input_bias is not None
         assert self.output_weight is not None
-        pool = _mean if self.pool == "mean" else _first
-        pooled = torch.broadcast_tensors(pool(query, query_mask), pool(key, key_mask))
-        weights = (part.to(query.dtype) for part in (self.input_weight, self.output_weight))
-        first, second = weights
-        hidden = torch.einsum("...hi,hio->...ho", torch.cat(pooled, -1), first)
-        hidden = torch.tanh(hidden + self.input_bias.to(query.dtype))
-        return torch.einsum("...hi,hio->...ho", hidden, second)
+        return self.input_weight, self.input_bias, self.output_weight
 
 
 def _mean(part: Tensor, mask: Tensor | None) -> Float[Tensor, "*_batch head dim"]:

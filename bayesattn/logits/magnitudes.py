@@ -118,14 +118,9 @@ def scaled_squared_norm(
 ) -> Float[Tensor, "*_batch position"]:
     """Squared power norms, as large as the Euclidean ones of vectors of equal entries."""
     largest = part.detach().abs().amax(-1, keepdim=True)
-    is_zero = largest == 0
     # A multiple of the norm is that of the norm: entries are at most one, and powers stay in range.
-    ratios = torch.where(is_zero, 1.0, part.abs() / torch.where(is_zero, 1.0, largest))
-    # Zeros apart, whose powers have no slope in p.
-    is_some = ratios > 0
-    logs = torch.where(is_some, ratios, 1.0).log()
-    exponent = p[..., None] if isinstance(p, Tensor) else p
-    powers = torch.where(is_some, (logs * exponent).exp(), 0.0)
-    size = (powers.mean(-1).log() * 2 / p).exp()
-    size = part.shape[-1] * largest[..., 0].square() * size
-    return torch.where(is_zero[..., 0], 0.0, size)
+    ratios = part.abs() / torch.where(largest == 0, 1.0, largest)
+    mean = ratios.pow(p[..., None] if isinstance(p, Tensor) else p).mean(-1)
+    # The mean is at least one over the width, but of zeros.
+    mean = mean.clamp_min(0.5 / part.shape[-1])
+    return part.shape[-1] * largest[..., 0].square() * (mean.log() * 2 / p).exp()

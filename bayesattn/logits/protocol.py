@@ -97,6 +97,12 @@ class Logits(nn.Module):
         """The logits as inner products with biases, or None where they have no such form."""
         return None
 
+    def reduce_over_keys(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits | FactoredLogits | None:
+        """As ``reduce``, where what a softmax over keys does not see, biases of queries, may lack."""
+        return self.reduce(query, key)
+
     def forward(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> Float[Tensor, "*_batch query key"]:

@@ -57,8 +57,16 @@ class RBFMagnitude(Logits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> ReducedLogits:
         """Queries and keys as they are, and as biases what magnitudes exceed those at two."""
+        return self.reduce_over_keys(query, key)._replace(query_bias=self._bias(query))
+
+    def reduce_over_keys(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Likewise, without the magnitudes of queries."""
         scale = query.shape[-1] ** -0.5
-        if self.magnitude.is_euclidean:
-            return ReducedLogits(query, key, scale=scale)
-        of_query, of_key = (self.magnitude.excess(part).to(part.dtype) for part in (query, key))
-        return ReducedLogits(query, key, of_query, of_key, scale)
+        return ReducedLogits(query, key, key_bias=self._bias(key), scale=scale)
+
+    def _bias(
+        self, part: Float[Tensor, "*_batch position _dim"]
+    ) -> Float[Tensor, "*_batch position"] | None:
+        return None if self.magnitude.is_euclidean else self.magnitude.excess(part).to(part.dtype)

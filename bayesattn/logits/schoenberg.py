@@ -91,20 +91,27 @@ class SchoenbergMixture(KernelLogits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> ReducedLogits:
         """Queries beside their squares, and a copy of the keys for each component."""
+        reduced = self.reduce_over_keys(query, key)
+        if self.magnitude is None:
+            return reduced
+        return reduced._replace(query_bias=self.magnitude(query).to(query.dtype))
+
+    def reduce_over_keys(
+        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    ) -> ReducedLogits:
+        """Likewise, without the magnitudes of queries."""
         asking, asked = widened(query), widened(key)[..., None, :, :]
         rate = self.rate.to(asked.dtype)[..., None, :]
-        linear, square = rate * asked, (-rate / 2).expand_as(rate * asked)
+        linear = rate * asked
         bias = self.log_share.to(asked.dtype).log_softmax(-1)[..., None]
-        bias = bias - (rate * asked.square()).sum(-1) / 2
-        query_bias = None
+        bias = bias - (linear * asked).sum(-1) / 2
         if self.magnitude is not None:
-            query_bias = self.magnitude(asking).to(query.dtype)
             bias = bias + self.magnitude(asked)
+        copies = torch.cat([linear, (-rate / 2).expand_as(linear)], -1)
         return ReducedLogits(
             torch.cat([asking, asking.square()], -1).to(query.dtype),
-            torch.cat([linear, square], -1).flatten(-3, -2).to(key.dtype),
-            query_bias,
-            bias.flatten(-2),
+            copies.flatten(-3, -2).to(key.dtype),
+            key_bias=bias.flatten(-2),
             copies=self.num_components,
         )
 
