@@ -139,7 +139,7 @@ def _task(name: str) -> Task:
     quick = RegressionBudget(
         6, learning_rates=(3e-3,), process_steps=3, batch_size=16, num_known=48, num_looks=2
     )
-    return Task(partial(read_regression, name), RegressionBudget(400), quick)
+    return Task(partial(read_regression, name), RegressionBudget(600), quick)
 
 
 _NETWORKS = {name: partial(build_network, rival=name) for name in LOGITS}
