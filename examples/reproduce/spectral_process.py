@@ -67,7 +67,7 @@ def strongest_frequencies(training: Points, number: int) -> Float[Tensor, "frequ
     x, design = training.x, F.pad(training.x, (0, 1), value=1.0)
     gaps = torch.stack([column.unique().diff().median() for column in x.T])
     reach = 10 ** (-3 * torch.rand(_NUM_CANDIDATES, 1))
-    candidates = reach * torch.randn(_NUM_CANDIDATES, x.shape[1]) / (2 * gaps)
+    candidates = reach * (2 * torch.rand(_NUM_CANDIDATES, x.shape[1]) - 1) / (2 * gaps)
     angles = 2 * math.pi * candidates @ x.T
     chosen: list[int] = []
     for _ in range(number):
