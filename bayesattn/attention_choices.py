@@ -53,7 +53,7 @@ def own_choice(
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
     num_heads: int,
-    head_dim: int,
+    width: int,
 ) -> Any:
     """Copy a module for one layer's use, where and of what type that is; a function stays itself.
 
@@ -64,14 +64,14 @@ def own_choice(
         raise ValueError(f"{name}: expected something to call, or None, got {choice!r}")
     if isinstance(choice, type):
         raise ValueError(f"{name}: expected an object, such as {choice.__name__}(), got the class")
-    sizes = {"num_heads": num_heads, "dim": head_dim}
+    sizes = {"num_heads": num_heads, "dim": width}
     # Elsewhere such names may mean other things, as the axis of a softmax does.
     for size, expected in sizes.items() if isinstance(choice, Logits | Normalization) else ():
         got = getattr(choice, size, None)
         if got not in (None, expected):
             raise ValueError(
-                f"{name}: expected {size}={expected} for a layer of {num_heads} heads of width "
-                f"{head_dim}, got {size}={got}"
+                f"{name}: expected {size}={expected} for a layer of {num_heads} heads with queries "
+                f"of width {width}, got {size}={got}"
             )
     if isinstance(choice, nn.Module):
         return copy.deepcopy(choice).to(device=device, dtype=dtype)

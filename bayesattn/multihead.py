@@ -156,7 +156,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
-        sizes = (num_heads, embed_dim // num_heads)
+        width = embed_dim // num_heads if projections is None else projections.width
+        sizes = (num_heads, width)
         self.normalization = own_choice("normalization", normalization, device, dtype, *sizes)
         self.logits = own_choice("logits", logits, device, dtype, *sizes)
         self.projections = None
@@ -219,7 +220,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             setattr(layer, name, parameter)
         layer.out_proj = module.out_proj
-        place = (weight.device, weight.dtype, layer.num_heads, layer.head_dim)
+        width = layer.head_dim if shared is None else shared.width
+        place = (weight.device, weight.dtype, layer.num_heads, width)
         layer.normalization = own_choice("normalization", normalization, *place)
         layer.logits = own_choice("logits", logits, *place)
         return layer.train(module.training)

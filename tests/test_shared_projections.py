@@ -179,7 +179,7 @@ def test_initial_logits_are_as_large_as_those_of_heads_side_by_side(
 
 
 def test_other_logits_see_mixed_queries_and_shared_keys(make, generator):
-    layer = make(batch_first=True, logits=GaussianLogits(HEADS, WIDTH // HEADS))
+    layer = make(batch_first=True, logits=GaussianLogits(HEADS, SHARED))
     assert layer.projections.key_content is None
     tokens = inputs(generator, {"batch_first": True})
     weights = layer(*tokens, average_attn_weights=False)[1]

@@ -28,7 +28,7 @@ class GaussianLogits(Logits):
 
     Args:
         num_heads: Each head has its own :math:`\sigma^2` and :math:`\beta`.
-        dim: Width of a head; :math:`\sigma^2` starts at its square root.
+        dim: Width of queries and keys; :math:`\sigma^2` starts at its square root.
 
     Attributes:
         log_variance: :math:`\log \sigma^2`, for each head.

@@ -78,7 +78,7 @@ class ImplicitSpectralLogits(ConditionalLogits):
 
     Args:
         num_heads: Number of heads.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         num_frequencies: M.
         couples_heads: Whether latents may correlate between heads.
         hidden_dim: Width of the hidden layers of the network and of the generator.

@@ -38,7 +38,7 @@ class KernelLogits(EdgeLogits):
 
     Args:
         num_heads: Each head has a kernel of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         magnitude: The magnitudes, copied; Euclidean ones if True, none if False, so that only the
             difference of query and key counts.
 

@@ -38,7 +38,7 @@ class PositiveFeatures(Logits):
 
     Args:
         num_heads: Each head has features of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         num_features: M; twice the width if None.
         draw: As for :func:`bayesattn.logits.frequencies.normal_frequencies`.
         learns: Whether frequencies are parameters; else they stay as drawn.

@@ -72,7 +72,7 @@ class RationalQuadratic(_Radial):
 
     Args:
         num_heads: Each head has a kernel of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         tail: a at the start, from zero on; zero is the Gaussian, and so softmax.
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
@@ -124,7 +124,7 @@ class Matern(_Radial):
 
     Args:
         num_heads: Each head has a kernel of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         smoothness: :math:`\nu`, "1/2", "3/2" or "5/2".
         share: w at the start, from zero to one; zero is the Gaussian, and so softmax.
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
@@ -191,7 +191,7 @@ class Matern(_Radial):
 
 def _log1p_over(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(1 + x) / x, one at zero, with its slope there."""
-    is_small = x < 1e-3
-    series = 1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6))))
+    # Beyond, the quotient's slope keeps two thirds of the digits; below, three terms keep them all.
+    is_small = x < torch.finfo(x.dtype).eps ** (1 / 3)
     large = torch.where(is_small, 1.0, x)
-    return torch.where(is_small, series, torch.log1p(large) / large)
+    return torch.where(is_small, 1 - x * (1 / 2 - x / 3), torch.log1p(large) / large)

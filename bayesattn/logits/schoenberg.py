@@ -35,7 +35,7 @@ class SchoenbergMixture(KernelLogits):
 
     Args:
         num_heads: Each head has a kernel of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         num_components: M.
         spread: At the start rates are the softmax's times :math:`e^{-s}` to :math:`e^{s}`; at zero
             all are the softmax's. Components part even then, for each learns at a pace of its own.

@@ -47,7 +47,7 @@ class SpectralLogits(KernelLogits):
 
     Args:
         num_heads: Each head has frequencies of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         num_frequencies: M.
         square: "anchored", "plain" or "unbiased".
         is_stationary: Whether the kernel depends on differences alone; else each feature has two

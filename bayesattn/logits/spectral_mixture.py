@@ -34,7 +34,7 @@ class SpectralMixture(KernelLogits):
 
     Args:
         num_heads: Each head has a kernel of its own.
-        dim: Width of a head.
+        dim: Width of queries and keys.
         num_components: Number of components, besides the Gaussian.
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 

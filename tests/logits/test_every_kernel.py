@@ -14,6 +14,7 @@ from bayesattn.graph_layers import GraphAttention
 from bayesattn.logits import ConditionalLogits, Logits
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.normalizations import DoublyNormalized, HybridNormalized, Sinkhorn
+from bayesattn.shared_projections import Collaborative
 from tests.compilation import in_one_graph
 from tests.logits.cases import ALL, DIM, EXACT, HEADS, made
 
@@ -160,6 +161,21 @@ def test_in_a_layer(name, generator, seeded_layers):
     loaded.load_state_dict(layer.state_dict())
     close(loaded(tokens, others, others)[0], layer(tokens, others, others)[0], rtol=0, atol=0)
     assert loaded(tokens, others, others, need_weights=False)[0].shape == tokens.shape
+
+
+@every_kernel
+def test_with_shared_projections(name, generator, seeded_layers):
+    """Queries and keys are as wide as what heads share, and so is the kernel."""
+    layer = MultiheadAttention(
+        2 * HEADS, HEADS, batch_first=True, projections=Collaborative(DIM), logits=made(name)
+    ).eval()
+    tokens = torch.randn(BATCH, QUERIES, 2 * HEADS, generator=generator)
+    query, key, _, settings = layer.attention_inputs(tokens, tokens, tokens)
+    assert query.shape[-1] == DIM
+    close(
+        layer(tokens, tokens, tokens, average_attn_weights=False)[1],
+        attention_weights(query, key, **settings),
+    )
 
 
 @every_kernel

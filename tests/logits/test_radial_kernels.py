@@ -76,9 +76,9 @@ def test_tails_are_heavier_than_a_gaussian_s():
         assert (make()(far, near) > 0.6 * gaussian).all()
 
 
-@pytest.mark.parametrize("tail", [1e-12, 1e-7, 9.9e-4, 1.1e-3])
+@pytest.mark.parametrize("tail", [1e-12, 1e-7, 6e-6, 8e-6, 1e-3])
 def test_a_small_tail_loses_no_digits(tail):
-    """Mutants: a term of the series, where it ends."""
+    """Mutants: a term of the series."""
     x, y = torch.full((1, 1, 1), 1.3), torch.zeros(1, 1, 1)
     logits = RationalQuadratic(1, 1, tail=tail, magnitude=False)
     half = 1.3**2 / 2
