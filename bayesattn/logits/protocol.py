@@ -100,7 +100,7 @@ class Logits(nn.Module):
     def reduce_over_keys(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> ReducedLogits | FactoredLogits | None:
-        """As ``reduce``, but biases of queries, which a softmax over keys does not see, may lack."""
+        """As ``reduce``, but biases of queries, which a softmax over keys does not see, lack."""
         return self.reduce(query, key)
 
     def forward(
