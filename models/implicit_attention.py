@@ -12,7 +12,6 @@ Source:
     :mod:`bayesattn.models.density_guides`.
 """
 
-import math
 from dataclasses import dataclass
 
 import pyro
@@ -21,6 +20,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from bayesattn.logits.spectral_features import fourier_features, log_of_square
+from bayesattn.logits.spectral_kernel import softmax_frequency_scale
 from bayesattn.masking import masked_softmax
 from bayesattn.models.checks import check_settings
 from bayesattn.models.density_guides import DensityGuide
@@ -132,8 +132,7 @@ class ImplicitKernelAttention:
             generator = pyro.sample("generator_weight", first)
             outward = pyro.sample("frequency_weight", second)
         shape = (self.num_frequencies, self.num_heads, latent)
-        # Of squared kernels, exp(-|q - k|² / 2 √d) at this scale.
-        scale = self.frequency_scale / math.sqrt(8 * math.pi**2 * self.head_dim**0.5)
+        scale = self.frequency_scale * softmax_frequency_scale(self.head_dim)
         with batch.plate:
             z = pyro.sample("density_latent", normal_prior(like, *shape, scale=1.0))
             frequencies = scale * implicit_frequencies(z, generator, outward)

@@ -41,7 +41,8 @@ class AttentionRegression:
     Sites: those of the kernels and magnitudes; ``readout``, the heads' shares of the prediction,
     where there are several; ``noise_scale``; and ``target``. All but the last stand outside of the
     plates ``series`` and ``point`` of the data, so that queries, keys and all series have one
-    kernel. Deterministic: ``kernel``, (head, lag), between the origin and the lags; ``attention``,
+    kernel. Deterministic: ``kernel``, (head, lag), between the origin and the lags, and
+    ``squared_kernel``, which is all that attention sees of it; ``attention``,
     (series, point, head, context); ``expected_target``.
 
     Posteriors predict at new points given a context, such as the training points::
@@ -82,6 +83,7 @@ class AttentionRegression:
             "context_target": ["context"],
             "context_mask": ["context"],
             "kernel": ["head", "lag"],
+            "squared_kernel": ["head", "lag"],
             "attention": ["head", "context"],
             "readout": ["head"],
             **self.kernels.dims,
@@ -112,7 +114,8 @@ class AttentionRegression:
         )
         heads = pyro.plate("head", self.num_heads)
         kernel = self.kernels.sample(heads, problem.query)
-        pyro.deterministic("kernel", self._at_lags(kernel, inputs))
+        noted = pyro.deterministic("kernel", self._at_lags(kernel, inputs))
+        pyro.deterministic("squared_kernel", noted.square())
         logits = log_of_square(kernel(problem.query, problem.key).square(), self.floor)
         if self.magnitudes is not None:
             logits = logits + self.magnitudes.sample(heads, problem.key)[..., None, :]

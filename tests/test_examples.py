@@ -115,3 +115,21 @@ def test_the_width_of_a_layer_is_inferred(tmp_path):
     )
     assert all(low <= high for low, high in zip(bound, refitted, strict=True))
     assert refitted[4] < 0.1 < 0.15 < refitted[3]
+
+
+@pytest.mark.slow
+def test_posteriors_of_kernels_beat_a_normal_guide(tmp_path):
+    """Mutants: predictions at other points, errors of no mean, heads of the table mixed up."""
+    printed = run_quickly("spectral_posterior", tmp_path)
+    pictures = {path.name for path in tmp_path.iterdir()}
+    assert pictures == {"spectral_posterior.png", "spectral_kernels.png"}
+    lines = printed.splitlines()
+    errors = {}
+    for name in ("MAP", "SVI normal", "SVGD, mixture", "NUTS"):
+        row = next(line for line in lines if line.startswith(f"  {name} "))
+        mean, _, _, one, _, _ = row.removeprefix(f"  {name}").split()
+        errors[name] = float(mean), float(one)
+    # The targets' own root mean square is one.
+    assert errors["NUTS"][0] < errors["SVI normal"][0] < 0.8
+    assert all(mean < one for mean, one in errors.values())
+    assert "squared_kernel (chain, draw, head, lag)" in printed

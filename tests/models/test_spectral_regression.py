@@ -240,8 +240,10 @@ def test_kernel_is_noted_from_the_origin_along_the_direction(name, generator):
     """Mutants: lags that are no distances, one direction for all, heads mixed up."""
     model, data = make_model(name), make_data(generator)
     values = draw_values(model, data, generator)
-    found = run(model, data, values)[0]["kernel"]
+    sites, _ = run(model, data, values)
+    found = sites["kernel"]
     assert found.shape == (HEADS, len(LAGS))
+    close(sites["squared_kernel"], found**2)
     for head in range(HEADS):
         for index, lag in enumerate(LAGS):
             place = [lag / 5**0.5, 2 * lag / 5**0.5]
@@ -332,7 +334,7 @@ def test_arviz_gets_a_name_for_every_axis(name, generator):
     posterior = short_run("svgd", make_model(name), inputs, target)
     tree = posterior.to_arviz(dims={"inputs": ["series", "point", "feature"]}, prior_draws=2)
     axes = {site: found.dims[2:] for site, found in tree["posterior"].data_vars.items()}
-    assert axes["kernel"] == ("head", "lag")
+    assert axes["kernel"] == axes["squared_kernel"] == ("head", "lag")
     assert axes["attention"] == ("series", "point", "head", "context")
     assert axes["expected_target"] == ("series", "point")
     names = {axis for dims in axes.values() for axis in dims}
