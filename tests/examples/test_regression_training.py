@@ -19,7 +19,7 @@ from examples.reproduce.regression_training import (
 )
 from tests.examples.test_regression_tasks import table
 
-BUDGET = RegressionBudget(40, learning_rates=(1e-4, 1e-2), num_looks=5, num_draws=3)
+BUDGET = RegressionBudget(40, learning_rates=(1e-2, 1e-4), num_looks=5, num_draws=3)
 
 
 @pytest.fixture
