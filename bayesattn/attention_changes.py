@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bayesattn.head_similarity import jensen_shannon
 from bayesattn.kernels.distances import widened
+from bayesattn.logits.implicit import GivenKernel
 from bayesattn.networks.attention_call import AttentionCall
 from bayesattn.networks.taps import watch_attention
 
@@ -171,6 +172,9 @@ def _part(call: AttentionCall, rows: slice) -> AttentionCall:
         mask = settings.get(name)
         if mask is not None and mask.ndim == rank and len(mask) == size:
             settings[name] = mask[rows]
+    logits = settings.get("logits")
+    if isinstance(logits, GivenKernel):
+        settings["logits"] = logits._replace(kernel=logits.kernel.of_sequences(rows))
     tensors = {name: getattr(call, name)[rows] for name in ("query", "key", "value")}
     return call._replace(**tensors, head_outputs=call.head_outputs[rows], settings=settings)
 
@@ -180,7 +184,7 @@ def _copied(call: AttentionCall) -> AttentionCall:
     def copied(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.clone()
-        return copy.deepcopy(part) if isinstance(part, nn.Module) else part
+        return copy.deepcopy(part) if isinstance(part, nn.Module | GivenKernel) else part
 
     return call._replace(
         query=copied(call.query),

@@ -17,6 +17,7 @@ __all__ = [
     "logits_given",
     "mixes_queries",
     "own_choice",
+    "pools_tokens",
     "sees_all_tokens",
 ]
 
@@ -34,6 +35,11 @@ def sees_all_tokens(logits: LogitsFunction | None) -> bool:
     return isinstance(logits, ConditionalLogits) and logits.sees_all_tokens
 
 
+def pools_tokens(logits: LogitsFunction | None) -> bool:
+    """Whether the logits of a pair depend on some other queries and keys, which may be padding."""
+    return isinstance(logits, ConditionalLogits) and logits.pools_tokens
+
+
 def logits_given(
     logits: LogitsFunction | None, query: Tensor, key: Tensor, masks: Masks
 ) -> LogitsFunction | None:
@@ -41,6 +47,8 @@ def logits_given(
     if not isinstance(logits, ConditionalLogits):
         return logits
     pairs = masks.pairs()
+    if pairs is not None:
+        pairs = pairs.expand(*pairs.shape[:-2], query.shape[-2], key.shape[-2])
     # Pairs of a query and a key tell of a token whether it takes part in any.
     query_mask = None if pairs is None else pairs.any(-1)
     key_mask = None if pairs is None else pairs.any(-2)

@@ -22,6 +22,7 @@ from bayesattn.attention_choices import (
     NormalizationFunction,
     logits_given,
     mixes_queries,
+    pools_tokens,
     sees_all_tokens,
 )
 from bayesattn.autocasting import autocast_type
@@ -32,6 +33,7 @@ from bayesattn.contraction import (
     weighted_sums,
 )
 from bayesattn.fused_route import attend_fused, check_route, reduce_logits, takes_fused
+from bayesattn.logits import ConditionalLogits
 from bayesattn.masking import (
     Masks,
     combine_masks,
@@ -42,7 +44,7 @@ from bayesattn.masking import (
 from bayesattn.normalizations.columns import Softmax
 from bayesattn.shape_messages import shapes_of
 
-__all__ = ["attention", "attention_weights"]
+__all__ = ["attention", "attention_weights", "logits_of_call"]
 
 # A whole number is a number too, which run-time type checks do not take for a float.
 Number = float | int
@@ -185,6 +187,38 @@ def attention_weights(
     return _dense_weights(query, key, masks, scale, logits, normalization)
 
 
+def logits_of_call(
+    logits: LogitsFunction | None,
+    query: Float[Tensor, "*_batch query _dim"],
+    key: Float[Tensor, "*_batch key _dim"],
+    *,
+    attn_mask: Shaped[Tensor, "*_batch _query _key"] | None = None,
+    query_mask: Shaped[Tensor, "*_batch _query"] | None = None,
+    key_mask: Shaped[Tensor, "*_batch _key"] | None = None,
+    is_causal: bool = False,
+) -> LogitsFunction | None:
+    """Logits as they are for one call: where they are drawn, what further calls may go on with.
+
+    The arguments are those of :func:`attention`.
+
+    Raises:
+        ValueError: If they depend on all tokens, and a causal mask hides some.
+    """
+    if not isinstance(logits, ConditionalLogits):
+        return logits
+    attn_mask = _mask_for(logits, None, is_causal, attn_mask, query.shape[-2], key.shape[-2])
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    masks = combine_masks(
+        (*batch, query.shape[-2], key.shape[-2]),
+        attn_mask=attn_mask,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        device=query.device,
+    )
+    return logits_given(logits, query, key, masks)
+
+
 def _dense_weights(
     query: Tensor,
     key: Tensor,
@@ -315,6 +349,8 @@ def _mask_for(
     num_keys: int,
 ) -> Tensor | None:
     """The mask as the choices need it, if they can do with such a mask at all."""
+    if pools_tokens(logits) and attn_mask is not None:
+        attn_mask = with_infinities(attn_mask)
     if sees_all_tokens(logits):
         _refuse_causal(logits, is_causal, attn_mask, num_queries, num_keys)
     if not mixes_queries(normalization):

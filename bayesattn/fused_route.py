@@ -63,7 +63,7 @@ def takes_fused(
         return False
     obstacle = _obstacle(query, key, masks, logits, normalization)
     if dropout_p > 0 and getattr(logits, "is_factored", False):
-        obstacle = obstacle or "with dropout_p= of weights that features make"
+        obstacle = obstacle or "with dropout_p= of weights that are sums"
     if route == "fused":
         if obstacle:
             raise ValueError(f"route: expected 'dense' {obstacle}, got 'fused'")
@@ -174,8 +174,10 @@ class FusedAttention:
         total = attention_logsumexp(key, query, counted, scale=scale)
         if copies == 1:
             return _total(total, key_bias)
-        total = total if key_bias is None else total + key_bias
-        return _total(total.unflatten(-1, (copies, -1)).logsumexp(-2), None)
+        # Zeros where nothing counts, so that no sum of exponentials of infinities has a slope.
+        counts = total > -torch.inf
+        total = _total(total, key_bias).unflatten(-1, (copies, -1)).logsumexp(-2)
+        return torch.where(counts.unflatten(-1, (copies, -1)).any(-2), total, 0.0)
 
     def over_keys(
         self, bias: Shaped[Tensor, "*_batch key"] | None = None

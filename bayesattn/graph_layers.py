@@ -17,9 +17,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesattn.attention_choices import own_choice
+from bayesattn.attention_choices import LogitsFunction, own_choice
 from bayesattn.edges import edge_sums, edge_weights
-from bayesattn.logits import Logits
+from bayesattn.logits import ConditionalLogits, Logits
 from bayesattn.pairwise_logits import check_pairwise
 
 __all__ = ["EdgeAttention", "GraphAttention"]
@@ -157,7 +157,11 @@ class GraphAttention(nn.Module):
                 nodes that there are.
         """
         query, key, value = self.projections(nodes)
-        heads, weights = self.attend(query, key, value, edges)
+        logits = self.logits
+        if isinstance(logits, ConditionalLogits):
+            # Once, so that whoever looks on sees what is drawn here.
+            logits = logits.given(query, key)
+        heads, weights = self.attend(query, key, value, edges, logits)
         output = heads.transpose(0, 1).flatten(1) if self.concatenate else heads.mean(0)
         output = output if self.bias is None else output + self.bias.to(output.dtype)
         return (output, weights) if need_weights else output
@@ -188,9 +192,10 @@ class GraphAttention(nn.Module):
         key: Float[Tensor, "head node dim"],
         value: Float[Tensor, "head node dim"],
         edges: Int[Tensor, "2 edge"],
+        logits: LogitsFunction | None,
     ) -> EdgeAttention:
         """What a call does between the projections and the output."""
-        weights = edge_weights(query, key, edges, logits=self.logits)
+        weights = edge_weights(query, key, edges, logits=logits)
         weights = F.dropout(weights, self.dropout, self.training)
         return EdgeAttention(edge_sums(weights, value, edges, query.shape[1]), weights)
 

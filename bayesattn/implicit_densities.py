@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count
 from bayesattn.logits.implicit import ImplicitSpectralLogits
-from bayesattn.logits.latent_laws import LatentLaw
 
 __all__ = ["DensityTerms", "density_draws", "density_terms", "sampled_outputs", "warm_up"]
 
@@ -34,21 +33,23 @@ class DensityTerms:
         self.local: list[Float[Tensor, "*_batch"]] = []
         self.shared: list[Float[Tensor, ""]] = []
 
-    def hear(self, layer: ImplicitSpectralLogits, law: LatentLaw) -> None:
-        """Take up the law that a layer draws from."""
-        divergence = layer.num_frequencies * law.divergence()
+    def hear(self, layer: ImplicitSpectralLogits, divergence: Float[Tensor, "*_batch"]) -> None:
+        """Take up the divergence of one frequency's latents of a layer."""
+        divergence = layer.num_frequencies * divergence
         if layer.law.pool == "none":
             self.shared.append(divergence)
         else:
             self.local.append(divergence)
 
     def total(self, num_sequences: int = 1) -> Float[Tensor, ""]:
-        """Sum over layers of the divergence of a sequence, the mean over the batch.
+        """Sum over calls of layers of the divergence of a sequence, the mean over the batch.
 
-        To be added to the mean over sequences of the negative log likelihood.
+        To be added to the mean over sequences of the negative log likelihood. Of one pass of the
+        model: each further pass adds its own.
 
         Args:
-            num_sequences: In all data; latents that they share count by its inverse.
+            num_sequences: In all data; latents that they share (``pool="none"``) count by its
+                inverse, so it must be told where there are such.
 
         Raises:
             ValueError: If no layer was called.
@@ -70,6 +71,9 @@ def density_terms(model: nn.Module) -> Iterator[DensityTerms]:
         with density_terms(model) as terms:
             output = model(tokens)
         loss = nll(output, target) + warm_up(step, 1000) * terms.total()
+
+    Under reentrant activation checkpointing, the first pass of which has no gradients, terms have
+    none; the other kind serves.
 
     Args:
         model: Any module with :class:`bayesattn.logits.ImplicitSpectralLogits` in it.

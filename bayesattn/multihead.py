@@ -23,11 +23,11 @@ from bayesattn.attention_choices import (
     NormalizationFunction,
     mixes_queries,
     own_choice,
-    sees_all_tokens,
+    pools_tokens,
 )
 from bayesattn.contraction import weighted_sums
 from bayesattn.decoding_cache import KeyValueCache
-from bayesattn.functional import attention, attention_weights
+from bayesattn.functional import attention, attention_weights, logits_of_call
 from bayesattn.head_layout import (
     append_positions,
     batched,
@@ -336,14 +336,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         sizes = sequence_sizes(query, key, value, widths, batch_first=self.batch_first)
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
         mixes = mixes_queries(self.normalization)
-        needs_padding = mixes or sees_all_tokens(self.logits)
+        needs_padding = mixes or pools_tokens(self.logits)
         if cache is not None:
             check_type("cache", cache, KeyValueCache)
         earlier = 0 if cache is None else cache.length
         if cache is not None and (needs_padding or appended):
             raise ValueError(
-                "cache: expected a normalization over keys alone, logits that do not pool over "
-                "all tokens, and no keys appended by add_bias_kv or add_zero_attn"
+                "cache: expected a normalization over keys alone, logits that pool over no tokens, "
+                "and no keys appended by add_bias_kv or add_zero_attn"
             )
         shape = LayerShape(
             sizes[0], self.num_heads, sizes[1], earlier + sizes[2], appended, earlier
@@ -372,10 +372,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal=is_causal,
             device=query.device,
         )
-        settings = masks._asdict() | {"logits": self.logits, "normalization": self.normalization}
+        heads = self._heads(query, key, value, cache)
+        # Once, so that whoever looks on sees what is drawn here.
+        logits = logits_of_call(self.logits, *heads[:2], **masks._asdict())
+        settings = masks._asdict() | {"logits": logits, "normalization": self.normalization}
         if self.projections is not None and self.logits is None:
             settings["scale"] = 1.0
-        return AttentionInputs(*self._heads(query, key, value, cache), settings)
+        return AttentionInputs(*heads, settings)
 
     def extra_repr(self) -> str:
         """Sizes, and the choices that are functions; modules show themselves."""

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.attention_choices import LogitsFunction
-from bayesattn.logits import DotProduct, EdgeLogits, FactoredLogits, Logits, ReducedLogits
+from bayesattn.logits import DotProduct, FactoredLogits, Logits, ReducedLogits
 
 __all__ = ["check_pairwise", "logits_of_edges"]
 
@@ -36,8 +36,9 @@ def logits_of_edges(
         ValueError: If these logits exist for all pairs together only.
     """
     check_pairwise(logits)
-    if isinstance(logits, EdgeLogits):
-        return logits.on_edges(query, key, edges).to(_wide(query))
+    on_edges = getattr(logits, "on_edges", None)
+    if on_edges is not None:
+        return on_edges(query, key, edges).to(_wide(query))
     choice = logits if isinstance(logits, Logits) else DotProduct()
     reduced = choice.reduce(query, key)
     if reduced is None:
@@ -54,7 +55,7 @@ def check_pairwise(logits: LogitsFunction | None) -> None:
         ValueError: If they are such.
     """
     reduces = isinstance(logits, Logits) and type(logits).reduce is not Logits.reduce
-    if not (logits is None or reduces or isinstance(logits, EdgeLogits)):
+    if not (logits is None or reduces or hasattr(logits, "on_edges")):
         raise _dense_only(logits)
 
 

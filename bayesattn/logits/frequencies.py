@@ -3,7 +3,8 @@ r"""Frequencies of random features: independent, orthogonal or quasi-random norm
 .. math:: w_m \sim N(0, I), \qquad
     \operatorname{E} \cos(2 \pi s\, w_m \cdot \delta) = e^{-2 \pi^2 s^2 \lVert \delta \rVert^2}
 
-All three have this mean; the latter two have less spread about it.
+All three have this mean; the latter two have less spread about it, quasi-random ones where there
+are many.
 
 Source:
     Rahimi and Recht (2007), Random features for large-scale kernel machines.
@@ -39,8 +40,9 @@ def normal_frequencies(
         num_sets: Number of sets, such as heads.
         num_frequencies: Number of vectors of each set.
         dim: Their width.
-        draw: "independent"; "orthogonal", where any ``dim`` in turn are at right angles and have
-            lengths of independent ones; "quasi", a scrambled Sobol sequence's normal quantiles.
+        draw: "independent"; "orthogonal", where the vectors of each block of ``dim`` are at right
+            angles and have lengths of independent ones; "quasi", a scrambled Sobol sequence's
+            normal quantiles.
         generator: Of the randomness; the global one if None.
         dtype: The default type if None.
 

@@ -55,8 +55,8 @@ def coupled_divergence(
     .. math:: \sum_{hl} \frac{\mu_{hl}^2 + \sigma_{hl}^2 - 1 - \log \sigma_{hl}^2}{2} +
         \frac{l_{\max}}{2} \sum_h \log S_{hh}
 
-    the marginals' own divergences, and the information between heads in each of
-    :math:`l_{\max}` coordinates. With a random sign before the means, one for all heads, the
+    the marginals' own divergences, and the information between heads in each of the
+    :math:`l_{\max}` latent coordinates. With a random sign before the means, one for all heads, the
     distribution is a mixture of two, and this an upper bound on its divergence.
 
     Args:

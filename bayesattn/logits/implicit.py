@@ -4,15 +4,15 @@ r"""Kernels whose frequencies an implicit density gives, for each sequence by it
 
 where the latents z of a sequence have the law that a network makes of its queries and keys
 (:mod:`bayesattn.logits.latent_laws`). The generator is odd, so that w has the density of the
-symmetric spectrum that means of either sign make; the kernel does not see the sign, and none is
+symmetric spectrum if z has means of either sign; the kernel does not see the sign, and none is
 drawn.
 
 Source:
     Song et al. (2021), Implicit kernel attention, arXiv:2006.06147.
 """
 
-import math
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from bayesattn.argument_checks import check_choice, check_count, check_positive
 from bayesattn.autocasting import full_precision
 from bayesattn.kernels.distances import widened
 from bayesattn.logits.frequencies import normal_frequencies
-from bayesattn.logits.kernel_logits import logits_along_edges, logits_of_pairs
+from bayesattn.logits.kernel_logits import check_heads, logits_along_edges, logits_of_pairs
 from bayesattn.logits.latent_laws import LatentLaw, LawNetwork
 from bayesattn.logits.magnitudes import Magnitude, own_magnitude
 from bayesattn.logits.protocol import ConditionalLogits
@@ -49,6 +49,10 @@ class GivenKernel(NamedTuple):
 
     kernel: SpectralKernel
     magnitude: Magnitude | None
+
+    def __deepcopy__(self, memo: dict) -> "GivenKernel":
+        # What was computed cannot be copied with its graph of gradients.
+        return GivenKernel(self.kernel.detached(), copy.deepcopy(self.magnitude, memo))
 
     def __call__(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
@@ -120,7 +124,7 @@ class ImplicitSpectralLogits(ConditionalLogits):
         hidden_dim = check_count("hidden_dim", hidden_dim)
         check_choice("square", square, SQUARES)
         check_positive("floor", floor)
-        self.sees_all_tokens = pool == "mean"
+        self.pools_tokens, self.sees_all_tokens = pool != "none", pool == "mean"
         self.is_stationary, self.square, self.floor = is_stationary, square, float(floor)
         self.magnitude = own_magnitude(magnitude, num_heads)
         sets = 1 if is_stationary else 2
@@ -141,7 +145,7 @@ class ImplicitSpectralLogits(ConditionalLogits):
         self.law.reset_parameters()
         nn.init.normal_(self.generator_input, std=self.generator_input.shape[1] ** -0.5)
         nn.init.zeros_(self.generator_output)
-        nn.init.constant_(self.log_width, math.log(softmax_frequency_scale(self.dim)))
+        nn.init.zeros_(self.log_width)
         noise = normal_frequencies(self.num_heads, self.num_frequencies, self.noise.shape[-1])
         with torch.no_grad():
             self.noise.copy_(noise)
@@ -161,10 +165,13 @@ class ImplicitSpectralLogits(ConditionalLogits):
             query_mask: With the head axis, to broadcast; True where there is no padding.
             key_mask: Likewise.
         """
+        check_heads(type(self).__name__, self.num_heads, self.dim, query, key)
         with full_precision(query):
             law = self.law(widened(query), widened(key), query_mask, key_mask)
+            # Always, so that recomputed activations are those of the first time.
+            divergence = law.divergence()
             for listener in self.listeners:
-                listener.hear(self, law)
+                listener.hear(self, divergence)
             noise = law.correlated(self._noise(law))
             frequencies = self._generated(law.latents(noise))
         # Standard normal in each head, however heads correlate: draws of the prior's kernel.
@@ -173,6 +180,10 @@ class ImplicitSpectralLogits(ConditionalLogits):
             anchor = self._split(noise * softmax_frequency_scale(self.dim))
         kernel = SpectralKernel(self._split(frequencies), anchor, self.square, self.floor)
         return GivenKernel(kernel, self.magnitude)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever listens to this one does not listen to its copies.
+        return self.__dict__ | {"listeners": []}
 
     def extra_repr(self) -> str:
         """The sizes and choices."""
@@ -195,7 +206,8 @@ class ImplicitSpectralLogits(ConditionalLogits):
         )
         bent = torch.einsum("...hml,hlo->...hmo", latents, inner).tanh()
         bent = torch.einsum("...hml,hlo->...hmo", bent, outer)
-        return self.log_width.to(latents.dtype).exp()[:, None] * (latents + bent)
+        width = softmax_frequency_scale(self.dim) * self.log_width.to(latents.dtype).exp()
+        return width[:, None] * (latents + bent)
 
     def _split(self, frequencies: Tensor) -> Frequencies:
         if self.is_stationary:

@@ -3,7 +3,7 @@ r"""Logits of attention with a kernel: its logarithm, and the magnitudes of quer
 .. math:: s_{ij} = \log \kappa(q_i - k_j) + m(q_i) + m(k_j)
 
 With :math:`\kappa(\delta) = e^{-\lVert \delta \rVert^2 / 2 \sqrt d}` this is the scaled dot
-product. All kernels here start there, so that the layers of a trained model can take them and go
+product. Kernels start there by default, so that the layers of a trained model can take them and go
 on.
 
 Source:
@@ -25,8 +25,11 @@ from bayesattn.logits.protocol import EdgeLogits
 __all__ = [
     "KernelLogits",
     "at_least_zero",
+    "check_heads",
     "logits_along_edges",
     "logits_of_pairs",
+    "narrowed",
+    "pairwise_distances",
     "start_rate",
 ]
 
@@ -75,6 +78,7 @@ class KernelLogits(EdgeLogits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """The logits of all pairs."""
+        self.check_parts(query, key)
         return logits_of_pairs(self.log_kernel, self.magnitude, query, key)
 
     def on_edges(
@@ -84,7 +88,16 @@ class KernelLogits(EdgeLogits):
         edges: Int[Tensor, "2 edge"],
     ) -> Float[Tensor, "head edge"]:
         """The logits of each edge."""
+        self.check_parts(query, key)
         return logits_along_edges(self.log_kernel_of_pairs, self.magnitude, query, key, edges)
+
+    def check_parts(self, *parts: Float[Tensor, "..."]) -> None:
+        """Refuse queries or keys of other heads or of another width.
+
+        Raises:
+            ValueError: If they are such.
+        """
+        check_heads(type(self).__name__, self.num_heads, self.dim, *parts)
 
     def extra_repr(self) -> str:
         """The sizes."""
@@ -110,7 +123,7 @@ def logits_of_pairs(
         values = log_kernel(asking, asked)
         if magnitude is not None:
             values = values + magnitude(asking)[..., :, None] + magnitude(asked)[..., None, :]
-    return values.to(query.dtype)
+    return narrowed(values, query.dtype)
 
 
 def logits_along_edges(
@@ -142,6 +155,37 @@ def logits_along_edges(
             values = values + magnitude(asking).index_select(1, targets)
             values = values + magnitude(asked).index_select(1, sources)
     return values
+
+
+def pairwise_distances(
+    query: Float[Tensor, "*#batch query dim"], key: Float[Tensor, "*#batch key dim"]
+) -> Float[Tensor, "*#batch query key"]:
+    """Squared distances, each of them of the two places alone, whatever stands at others."""
+    norms = query.square().sum(-1)[..., :, None] + key.square().sum(-1)[..., None, :]
+    return (norms - 2 * (query @ key.mT)).clamp_min(0.0)
+
+
+def narrowed(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """Values in another type; what is below its range is its lowest number."""
+    if torch.finfo(dtype).min <= torch.finfo(values.dtype).min:
+        return values.to(dtype)
+    return values.clamp_min(torch.finfo(dtype).min).to(dtype)
+
+
+def check_heads(name: str, num_heads: int, dim: int, *parts: Float[Tensor, "..."]) -> None:
+    """Refuse queries or keys of other heads or of another width.
+
+    Raises:
+        ValueError: If they are such.
+    """
+    for part in parts:
+        heads = part.shape[-3] if part.ndim > 2 else None
+        has_heads = heads is not None and (num_heads == 1 or heads in (1, num_heads))
+        if part.shape[-1] != dim or not has_heads:
+            raise ValueError(
+                f"{name}: expected queries and keys '*batch head position dim' of {num_heads} "
+                f"heads and width {dim}, got shape {tuple(part.shape)}"
+            )
 
 
 def start_rate(dim: int) -> float:

@@ -142,14 +142,16 @@ class LawNetwork(nn.Module):
 
 def _mean(part: Tensor, mask: Tensor | None) -> Float[Tensor, "*_batch head dim"]:
     if mask is None:
-        return part.mean(-2)
+        return part.sum(-2) / max(1, part.shape[-2])
     counted = torch.where(mask[..., None], part, 0.0).sum(-2)
     return counted / mask.sum(-1).clamp(min=1)[..., None]
 
 
 def _first(part: Tensor, mask: Tensor | None) -> Float[Tensor, "*_batch head dim"]:
     """The first that is no padding."""
-    if mask is None:
-        return part[..., 0, :]
-    place = mask.to(torch.uint8).argmax(-1).expand(part.shape[:-2])
-    return part.take_along_dim(place[..., None, None], -2)[..., 0, :]
+    if mask is None or not part.shape[-2]:
+        return part[..., :1, :].sum(-2)
+    place = mask.to(torch.uint8).argmax(-1)[..., None, None]
+    batch = torch.broadcast_shapes(part.shape[:-2], place.shape[:-2])
+    part, place = part.expand(*batch, -1, -1), place.expand(*batch, -1, -1)
+    return part.take_along_dim(place, -2)[..., 0, :]

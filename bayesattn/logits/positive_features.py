@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bayesattn.argument_checks import check_choice, check_count
 from bayesattn.kernels.distances import widened
 from bayesattn.logits.frequencies import FREQUENCY_DRAWS, normal_frequencies
+from bayesattn.logits.kernel_logits import check_heads
 from bayesattn.logits.protocol import FactoredLogits, Logits, ReducedLogits
 
 __all__ = ["PositiveFeatures"]
@@ -82,6 +83,7 @@ class PositiveFeatures(Logits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> FactoredLogits:
         """From queries to features, and from features to keys."""
+        check_heads(type(self).__name__, self.num_heads, self.dim, query, key)
         features = self.frequencies.to(query.dtype)
         scale = self.dim**-0.25
         shared = -math.log(self.num_features)

@@ -20,6 +20,8 @@ from bayesattn.contraction import inner_products
 __all__ = ["ConditionalLogits", "EdgeLogits", "FactoredLogits", "Logits", "ReducedLogits"]
 
 _ALL = slice(None)
+# So many terms, each pair's with each feature, are summed as they are.
+_FEW = 2**22
 
 
 class ReducedLogits(NamedTuple):
@@ -71,8 +73,11 @@ class FactoredLogits(NamedTuple):
     def values(self, queries: slice = _ALL) -> Float[Tensor, "*_batch chosen key"]:
         """The logits of some queries and all keys."""
         from_query, to_key = self.query.values(queries), self.key.values()
-        # The largest term of each query and each key stands apart, so that no sum over- or
-        # underflows; where they meet in no feature, the logit is as low as numbers go.
+        if from_query.numel() * to_key.shape[-1] <= _FEW:
+            return (from_query[..., :, None, :] + to_key.mT[..., None, :, :]).logsumexp(-1)
+        # The largest term of each query and each key stands apart, so that no sum overflows. Pairs
+        # whose features hardly meet are cut off where numbers end: at some e^-87 of these in single
+        # precision.
         tops = [from_query.detach().amax(-1, keepdim=True), to_key.detach().amax(-2, keepdim=True)]
         terms = [part - top for part, top in zip((from_query, to_key), tops, strict=True)]
         sums = inner_products(terms[0].exp(), terms[1].mT.exp())
@@ -86,7 +91,8 @@ class Logits(nn.Module):
     on the third axis from the right.
 
     Attributes:
-        is_factored: Whether they reduce to :class:`FactoredLogits`.
+        is_factored: Whether they reduce to sums of several exponentials; then weights cannot be
+            dropped where they are not formed.
     """
 
     is_factored: bool = False
@@ -144,10 +150,12 @@ class ConditionalLogits(EdgeLogits):
     pairs.
 
     Attributes:
-        sees_all_tokens: Whether the logits of a pair depend on other tokens; then padding must be
-            told, and a causal mask would hide what they tell.
+        pools_tokens: Whether the logits of a pair depend on some other tokens; then padding must
+            be told.
+        sees_all_tokens: Whether on all of them; then a causal mask would hide what they tell.
     """
 
+    pools_tokens: bool = True
     sees_all_tokens: bool = True
 
     def given(

@@ -6,22 +6,25 @@ r"""Kernels of a weighted distance with heavier tails than the Gaussian's, posit
 
 At :math:`a = 0` and :math:`w = 0` both are Gaussian. They are positive definite: the rational
 quadratic is a mixture of Gaussians, and a Matérn kernel the characteristic function of Student's
-distribution, which is infinitely divisible, so that powers of it are kernels too.
+distribution, which is infinitely divisible, so that powers of it are kernels too; in several
+dimensions because it is a normal distribution of a variance that is.
 
 Source:
     Rasmussen and Williams (2006), Gaussian processes for machine learning, eq. 4.17 and 4.19.
     Grosswald (1976), The Student t-distribution of any degree of freedom is infinitely divisible.
 """
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_choice, check_not_negative
-from bayesattn.kernels.distances import squared_distances
-from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
+from bayesattn.logits.kernel_logits import (
+    KernelLogits,
+    at_least_zero,
+    pairwise_distances,
+    start_rate,
+)
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["Matern", "RationalQuadratic"]
@@ -40,14 +43,14 @@ class _Radial(KernelLogits):
 
     def reset_parameters(self) -> None:
         """Start at the scaled dot product."""
-        nn.init.constant_(self.log_rate, math.log(start_rate(self.dim)))
+        nn.init.zeros_(self.log_rate)
 
     def log_kernel(
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """Logarithm of the kernel of all pairs."""
         root = self._root_rate(query)
-        return self._profile(squared_distances(query * root, key * root))
+        return self._profile(pairwise_distances(query * root, key * root))
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
@@ -57,7 +60,7 @@ class _Radial(KernelLogits):
         return self._profile(distances[..., None])[..., 0]
 
     def _root_rate(self, like: Tensor) -> Tensor:
-        return (self.log_rate.to(like.dtype) / 2).exp()[:, None, :]
+        return start_rate(self.dim) ** 0.5 * (self.log_rate.to(like.dtype) / 2).exp()[:, None, :]
 
     def _profile(
         self, distances: Float[Tensor, "*_batch row column"]
@@ -77,7 +80,7 @@ class RationalQuadratic(_Radial):
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
     Attributes:
-        log_rate: :math:`\log \lambda`, for each head and coordinate.
+        log_rate: :math:`\log \sqrt d \lambda`, zero at the start, for each head and coordinate.
         raw_tail: a, for each head; below zero it counts as zero.
 
     Raises:
@@ -130,7 +133,7 @@ class Matern(_Radial):
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
     Attributes:
-        log_rate: :math:`\log \lambda`, for each head and coordinate.
+        log_rate: :math:`\log \sqrt d \lambda`, zero at the start, for each head and coordinate.
         raw_share: w, for each head; below zero it counts as zero, above one as one.
 
     Raises:

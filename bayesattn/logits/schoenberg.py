@@ -2,23 +2,22 @@ r"""Mixtures of Gaussian kernels of several widths, which reduce to fused attent
 
 .. math:: \kappa(\delta) = \sum_m \pi_m \exp\Big(-\tfrac12 \sum_d \lambda_{md} \delta_d^2\Big)
 
-By Schoenberg's theorem mixtures of isotropic Gaussians are all the radial kernels that are positive
-definite in any dimension. Such a kernel is positive too, and a softmax of its logits is one over M
-copies of each key.
+By Schoenberg's theorem mixtures of isotropic Gaussians are all the continuous radial kernels that
+are positive definite in every dimension; here each coordinate may have rates of its own. Such a
+kernel is positive too, and a softmax of its logits is one over M copies of each key.
 
 Source:
     Schoenberg (1938), Metric spaces and completely monotone functions, Annals of Mathematics 39.
 """
-
-import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count, check_not_negative
+from bayesattn.autocasting import full_precision
 from bayesattn.kernels.distances import widened
-from bayesattn.logits.kernel_logits import KernelLogits, start_rate
+from bayesattn.logits.kernel_logits import KernelLogits, narrowed, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 from bayesattn.logits.protocol import ReducedLogits
 
@@ -37,8 +36,9 @@ class SchoenbergMixture(KernelLogits):
         num_heads: Each head has a kernel of its own.
         dim: Width of queries and keys.
         num_components: M.
-        spread: At the start rates are the softmax's times :math:`e^{-s}` to :math:`e^{s}`; at zero
-            all are the softmax's. Components part even then, for each learns at a pace of its own.
+        spread: At the start rates are the softmax's times evenly spaced powers of e, between
+            :math:`e^{-s}` and :math:`e^{s}`; at zero all are the softmax's. Components part even
+            then, for each learns at a pace of its own.
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
     Attributes:
@@ -50,6 +50,7 @@ class SchoenbergMixture(KernelLogits):
         ValueError: If a size is not positive, or the spread is negative.
     """
 
+    is_factored = True
     pace: Tensor
     start: Tensor
 
@@ -69,7 +70,7 @@ class SchoenbergMixture(KernelLogits):
         self.log_share = nn.Parameter(torch.empty(num_heads, num_components))
         steps = (torch.arange(num_components) + 0.5) / num_components
         self.register_buffer("pace", 0.5 + steps)
-        self.register_buffer("start", math.log(start_rate(dim)) + spread * (2 * steps - 1))
+        self.register_buffer("start", spread * (2 * steps - 1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,7 +81,8 @@ class SchoenbergMixture(KernelLogits):
     @property
     def rate(self) -> Float[Tensor, "head component dim"]:
         r""":math:`\lambda`."""
-        return (self.start[:, None] + self.pace[:, None] * self.raw_rate).exp()
+        change = self.start[:, None] + self.pace[:, None] * self.raw_rate
+        return start_rate(self.dim) * change.exp()
 
     @property
     def share(self) -> Float[Tensor, "head component"]:
@@ -100,13 +102,14 @@ class SchoenbergMixture(KernelLogits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> ReducedLogits:
         """Likewise, without the magnitudes of queries."""
+        self.check_parts(query, key)
         asking, asked = widened(query), widened(key)[..., None, :, :]
         rate = self.rate.to(asked.dtype)[..., None, :]
         linear = rate * asked
         bias = self.log_share.to(asked.dtype).log_softmax(-1)[..., None]
         bias = bias - (linear * asked).sum(-1) / 2
         if self.magnitude is not None:
-            bias = bias + self.magnitude(asked)
+            bias = bias + self.magnitude(key)[..., None, :]
         copies = torch.cat([linear, (-rate / 2).expand_as(linear)], -1)
         return ReducedLogits(
             torch.cat([asking, asking.square()], -1).to(query.dtype),
@@ -119,7 +122,9 @@ class SchoenbergMixture(KernelLogits):
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """The logits of all pairs."""
-        return self.reduce(query, key).values().to(query.dtype)
+        with full_precision(query):
+            values = self.reduce(widened(query), widened(key)).values()
+        return narrowed(values, query.dtype)
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]

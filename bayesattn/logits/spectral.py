@@ -37,11 +37,12 @@ class SpectralLogits(KernelLogits):
 
     * "anchored": exactly the softmax at the start, however few the features, so that layers of a
       trained model can take these logits. The log of the kernel differs from the softmax's by
-      -log epsilon at most.
+      log(4 / epsilon) or so at most. It need not stay positive definite.
     * "plain": as published. Features err by one over the root of M, so the start is not the
       softmax, and the square's mean is above that of the kernel's mean by the variance.
-    * "unbiased": the mean of products of two different frequencies' shares, whose mean is the
-      square of the kernel's. It may be negative, and counts as zero then.
+    * "unbiased": the mean of products of two different frequencies' shares, whose mean, over
+      independent frequencies, is the square of the kernel's. It may be negative, and counts as zero
+      then.
 
     :meth:`negative_share` tells how often signs are lost by squaring.
 
@@ -52,7 +53,8 @@ class SpectralLogits(KernelLogits):
         square: "anchored", "plain" or "unbiased".
         is_stationary: Whether the kernel depends on differences alone; else each feature has two
             frequencies.
-        draw: As for :func:`bayesattn.logits.frequencies.normal_frequencies`.
+        draw: As for :func:`bayesattn.logits.frequencies.normal_frequencies`; "independent" of
+            unbiased squares and "orthogonal" of others if None.
         floor: Epsilon, positive.
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
@@ -79,12 +81,14 @@ class SpectralLogits(KernelLogits):
         *,
         square: str = "anchored",
         is_stationary: bool = True,
-        draw: str = "orthogonal",
+        draw: str | None = None,
         floor: Number = 1e-5,
         magnitude: Magnitude | bool = True,
     ):
         super().__init__(num_heads, dim, magnitude)
         check_choice("square", square, SQUARES)
+        if draw is None:
+            draw = "independent" if square == "unbiased" else "orthogonal"
         check_choice("draw", draw, FREQUENCY_DRAWS)
         check_positive("floor", floor)
         least = 2 if square == "unbiased" else 1

@@ -87,6 +87,6 @@ def log_of_square(
 ) -> Float[Tensor, "*batch"]:
     """Logarithm of a squared similarity above a floor; what is negative counts as zero.
 
-    Its slope in the similarity is at most one over the root of the floor.
+    Of the square of a similarity the slope in that is at most one over the root of the floor.
     """
     return (squared.clamp_min(0.0) + floor).log()

@@ -8,8 +8,10 @@ and, anchored at the softmax,
     \hat c = g + \hat k - \hat k_0, \qquad g_{ij} = e^{-\lVert q_i - k_j \rVert^2 / 4 \sqrt d}
 
 where :math:`\hat k_0` are the features of frequencies from the density whose kernel is g. They are
-a control variate: where frequencies are still these, the kernel is the softmax's without any error
-of features, and after that the errors of the two all but cancel.
+a control variate of stationary kernels: where frequencies are still these, the kernel is the
+softmax's without any error of features, and near there the errors of the two all but cancel. Of
+pairs of frequencies they are an anchor alone, for the mean of :math:`\hat k_0` is another. After
+training an anchored square need not be positive definite.
 
 Source:
     Song et al. (2021), Implicit kernel attention, arXiv:2006.06147, for the squared features, with
@@ -17,15 +19,14 @@ Source:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.kernels.distances import squared_distances
-from bayesattn.logits.kernel_logits import start_rate
+from bayesattn.logits.kernel_logits import pairwise_distances, start_rate
 from bayesattn.logits.spectral_features import (
     fourier_features,
     log_of_square,
@@ -57,6 +58,18 @@ class Frequencies(NamedTuple):
     first: Float[Tensor, "*_batch head frequency dim"]
     second: Float[Tensor, "*_batch head frequency dim"] | None = None
 
+    def detached(self) -> "Frequencies":
+        """A copy that stands apart from any graph of gradients."""
+        second = None if self.second is None else self.second.detach().clone()
+        return Frequencies(self.first.detach().clone(), second)
+
+    def of_sequences(self, rows: slice) -> "Frequencies":
+        """Those of some sequences; of all, where they share theirs."""
+        if self.first.ndim < 4:
+            return self
+        second = None if self.second is None else self.second[rows]
+        return Frequencies(self.first[rows], second)
+
     def features(
         self, part: Float[Tensor, "*_batch position dim"]
     ) -> Float[Tensor, "*_batch position feature"]:
@@ -82,6 +95,16 @@ class SpectralKernel:
     square: str
     floor: float
 
+    def detached(self) -> "SpectralKernel":
+        """A copy that stands apart from any graph of gradients."""
+        anchor = None if self.anchor is None else self.anchor.detached()
+        return replace(self, frequencies=self.frequencies.detached(), anchor=anchor)
+
+    def of_sequences(self, rows: slice) -> "SpectralKernel":
+        """The kernel of some sequences."""
+        anchor = None if self.anchor is None else self.anchor.of_sequences(rows)
+        return replace(self, frequencies=self.frequencies.of_sequences(rows), anchor=anchor)
+
     def similarity(
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
@@ -89,7 +112,7 @@ class SpectralKernel:
         similarity = self._asking(query) @ self._asked(key).mT
         if self.anchor is None:
             return similarity
-        return similarity + _half_log_softmax(squared_distances(query, key), query).exp()
+        return similarity + _half_log_softmax(pairwise_distances(query, key), query).exp()
 
     def log_kernel(
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
@@ -98,7 +121,7 @@ class SpectralKernel:
         asking, asked = self._asking(query), self._asked(key)
         similarity = asking @ asked.mT
         if self.square == "anchored":
-            half = _half_log_softmax(squared_distances(query, key), query)
+            half = _half_log_softmax(pairwise_distances(query, key), query)
             return self._anchored(similarity, half)
         if self.square == "plain":
             return log_of_square(similarity.square(), self.floor)

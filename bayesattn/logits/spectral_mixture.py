@@ -21,9 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count
-from bayesattn.kernels.distances import squared_distances
 from bayesattn.logits.characteristic_functions import component_characteristics
-from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
+from bayesattn.logits.kernel_logits import (
+    KernelLogits,
+    at_least_zero,
+    pairwise_distances,
+    start_rate,
+)
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["SpectralMixture"]
@@ -39,7 +43,7 @@ class SpectralMixture(KernelLogits):
         magnitude: As for :class:`bayesattn.logits.KernelLogits`.
 
     Attributes:
-        log_rate: :math:`\log \lambda`, for each head and coordinate.
+        log_rate: :math:`\log \sqrt d \lambda`, zero at the start, for each head and coordinate.
         raw_strength: A, for each head and component; zero at the start, where the kernel is the
             softmax's, and below zero counted as zero.
         means: :math:`\mu`, in cycles for a unit of the features; at random at the start.
@@ -69,10 +73,15 @@ class SpectralMixture(KernelLogits):
     def reset_parameters(self) -> None:
         """Start at the scaled dot product, with components as wide as its density."""
         width = start_rate(self.dim) ** 0.5 / (2 * math.pi)
-        nn.init.constant_(self.log_rate, math.log(start_rate(self.dim)))
+        nn.init.zeros_(self.log_rate)
         nn.init.zeros_(self.raw_strength)
         nn.init.normal_(self.means, std=width)
         nn.init.constant_(self.log_scale, math.log(width / 2))
+
+    @property
+    def rate(self) -> Float[Tensor, "head dim"]:
+        r""":math:`\lambda`."""
+        return start_rate(self.dim) * self.log_rate.exp()
 
     @property
     def strength(self) -> Float[Tensor, "head component"]:
@@ -83,11 +92,11 @@ class SpectralMixture(KernelLogits):
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """Logarithm of the kernel of all pairs."""
-        root = (self.log_rate.to(query.dtype) / 2).exp()[:, None]
-        gaussian = -squared_distances(query * root, key * root) / 2
+        root = self.rate.to(query.dtype).sqrt()[:, None]
+        gaussian = -pairwise_distances(query * root, key * root) / 2
         queries, keys = query[..., None, :, :], key[..., None, :, :]
         scale = self.log_scale.to(query.dtype).exp()[..., None, :]
-        spread = squared_distances(queries * scale, keys * scale)
+        spread = pairwise_distances(queries * scale, keys * scale)
         # The cosine of a difference, without the difference of every pair.
         of_query, of_key = (
             2 * math.pi * (part @ self.means.to(part.dtype)[..., None]) for part in (queries, keys)
@@ -103,8 +112,7 @@ class SpectralMixture(KernelLogits):
         """Logarithm of the kernel of each query with the key in its place."""
         difference = query - key
         rate, means, scale = (
-            part.to(query.dtype)
-            for part in (self.log_rate.exp()[:, None], self.means, self.log_scale.exp())
+            part.to(query.dtype) for part in (self.rate[:, None], self.means, self.log_scale.exp())
         )
         parts = component_characteristics(difference, means, scale) - 1
         gaussian = -(rate * difference.square()).sum(-1) / 2

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bayesattn.attention_choices import LogitsFunction
 from bayesattn.edges import edge_weights
 from bayesattn.graph_layers import EdgeAttention, GraphAttention
 from bayesattn.networks.attention_call import AttentionCall, Record
@@ -72,9 +73,11 @@ def watch_graph(module: GraphAttention, record: Record) -> Iterator[None]:
     """Record the calls of a graph attention layer."""
     before, attend = vars(module).get("attend"), module.attend
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, edges: Tensor) -> EdgeAttention:
-        found = attend(query, key, value, edges)
-        settings = {"edges": edges, "logits": module.logits}
+    def watched(
+        query: Tensor, key: Tensor, value: Tensor, edges: Tensor, logits: LogitsFunction | None
+    ) -> EdgeAttention:
+        found = attend(query, key, value, edges, logits)
+        settings = {"edges": edges, "logits": logits}
         record(GraphCall(query[None], key[None], value[None], found.heads[None], settings))
         return found
 

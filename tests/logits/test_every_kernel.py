@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bayesattn.attention_diagnostics import attention_statistics
 from bayesattn.conversion import convert
 from bayesattn.edges import edge_weights
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
@@ -14,6 +15,7 @@ from bayesattn.graph_layers import GraphAttention
 from bayesattn.logits import ConditionalLogits, Logits
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.normalizations import DoublyNormalized, HybridNormalized, Sinkhorn
+from bayesattn.pairwise_logits import logits_of_edges
 from bayesattn.shared_projections import Collaborative
 from tests.compilation import in_one_graph
 from tests.logits.cases import ALL, DIM, EXACT, HEADS, made
@@ -98,12 +100,57 @@ def test_padding_never_matters(name, clouds, masks):
 
 
 @every_kernel
+@pytest.mark.parametrize("normalization", [None, DoublyNormalized(), Sinkhorn(2)], ids=repr)
+def test_gradients_where_a_sequence_has_no_query_or_no_key(name, normalization, clouds):
+    """Mutant: a logsumexp of nothing but minus infinities."""
+    if name not in REDUCED:
+        pytest.skip("there is the dense route alone")
+    parts = [part.requires_grad_() for part in clouds]
+    logits = made(name, moved=0.5)
+    settings = {"logits": logits, "normalization": normalization, "route": "fused"}
+    nothing = torch.arange(BATCH)[:, None] > 0
+    for mask, size in (("query_mask", QUERIES), ("key_mask", KEYS)):
+        output = attention(*parts, **{mask: nothing.expand(-1, size)}, **settings)
+        for slope in _slopes(output, [*parts, *logits.parameters()]):
+            assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_bias_of_keys_is_one_by_either_route(name, clouds, generator):
+    bias = torch.randn(1, KEYS, generator=generator)
+    for normalization in (None, HybridNormalized(HEADS)):
+        settings = {"logits": made(name, moved=0.5), "normalization": normalization}
+        fused, dense = (
+            attention(*clouds, attn_mask=bias, route=route, **settings)
+            for route in ("fused", "dense")
+        )
+        close(fused, dense)
+        statistics = attention_statistics(*clouds[:2], attn_mask=bias, **settings)
+        weights = attention_weights(*clouds[:2], attn_mask=bias, **settings)
+        close(statistics.column_mass, weights.sum(-2))
+
+
+@every_kernel
+def test_far_padding_costs_no_digits(name, clouds, masks):
+    """In single precision: mutant, distances about a mean of all, padding included."""
+    parts = [part.float() for part in clouds]
+    logits = made(name, moved=0.3).float().eval()
+    expected = attention(*parts, logits=logits, **masks)
+    for part, mask in zip(parts[:2], (masks["query_mask"], masks["key_mask"]), strict=True):
+        part[~mask[:, None].expand(-1, HEADS, -1)] = 1e4
+    close(attention(*parts, logits=logits, **masks), expected, rtol=1e-5, atol=1e-6)
+
+
+@every_kernel
 def test_edges_of_a_full_graph_are_all_pairs(name, clouds):
     query, key, _ = (part[0] for part in clouds)
     logits = made(name, moved=0.5).eval()
     edges = torch.cartesian_prod(torch.arange(QUERIES), torch.arange(KEYS)).flip(1).T
     found = edge_weights(query, key, edges, logits=logits).view(HEADS, QUERIES, KEYS)
     close(found, attention_weights(query, key, logits=logits))
+    # Magnitudes of queries too, which weights do not show.
+    pairs = logits_of_edges(logits, query, key, edges).view(HEADS, QUERIES, KEYS)
+    close(pairs, logits(query, key))
 
 
 @every_kernel
@@ -253,6 +300,25 @@ def test_compiled(name, clouds):
     logits = made(name, moved=0.3).eval()
     expected = attention(*clouds, logits=logits)
     close(in_one_graph(lambda *parts: attention(*parts, logits=logits), *clouds), expected)
+
+
+@every_kernel
+def test_other_heads_and_widths_are_refused(name, clouds):
+    if name in ("gaussian", "rbf_magnitude"):
+        pytest.skip("its parameters have no width")
+    logits = made(name)
+    for part in (clouds[0][..., :4], clouds[0][:, :2], clouds[0][0, 0]):
+        with pytest.raises(ValueError, match=f"{type(logits).__name__}: expected queries and keys"):
+            attention(part, part, part, logits=logits)
+
+
+@every_kernel
+def test_a_start_rounded_to_bfloat16_is_the_softmax_still(name, clouds):
+    if name not in EXACT or name == "gaussian":
+        pytest.skip("it does not start there, or is rounded")
+    query, key, value = clouds
+    logits = made(name).bfloat16().double().eval()
+    close(attention(query, key, value, logits=logits), attention(query, key, value))
 
 
 @every_kernel

@@ -1,11 +1,15 @@
 """Implicit densities: laws of sequences, coupled heads, symmetric spectra, all divergences."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
+from bayesattn.attention_changes import attention_change, attention_snapshot
+from bayesattn.attention_diagnostics import layer_statistics
 from bayesattn.decoding_cache import KeyValueCache
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
 from bayesattn.functional import attention
@@ -18,6 +22,7 @@ from bayesattn.implicit_densities import (
 from bayesattn.logits import ImplicitSpectralLogits
 from bayesattn.logits.latent_laws import LatentLaw
 from bayesattn.multihead import MultiheadAttention
+from bayesattn.networks import attention_calls
 
 HEADS, DIM, BATCH, TOKENS = 4, 3, 2, 5
 close = torch.testing.assert_close
@@ -159,12 +164,14 @@ def test_gradients_through_a_draw(pool, generator):
     )
     logits = moved(0.3, pool=pool)
     terms = []
-    logits.listeners.append(type("Ear", (), {"hear": lambda _, layer, law: terms.append(law)})())
+    logits.listeners.append(
+        type("Ear", (), {"hear": lambda _, layer, divergence: terms.append(divergence)})()
+    )
 
     def loss(query, key, weight, bias):
         values = {"law.input_weight": weight, "law.output_bias": bias}
         weights = torch.func.functional_call(logits, values, (query, key)).softmax(-1)
-        return weights, terms[-1].divergence()
+        return weights, terms[-1]
 
     inputs = (query, key, logits.law.input_weight, logits.law.output_bias)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
@@ -173,18 +180,10 @@ def test_gradients_through_a_draw(pool, generator):
 def test_divergences_of_all_layers_are_collected(model, tokens):
     """Mutants: the last layer alone, the sum over the batch, one frequency."""
     expected = 0.0
-    seen = []
-    for layer in model.layers:
-        layer.self_attn.register_forward_hook(
-            lambda module, args, kwargs, _: seen.append(
-                module.attention_inputs(*args, **kwargs)[:2]
-            ),
-            with_kwargs=True,
-        )
-    with density_terms(model) as terms:
+    with attention_calls(model) as calls, density_terms(model) as terms:
         model(tokens)
-    for layer, (query, key) in zip(model.layers, seen, strict=True):
-        law = layer.self_attn.logits.law(query, key)
+    for name, layer in zip(calls, model.layers, strict=True):
+        law = layer.self_attn.logits.law(*calls[name][0][:2])
         for sequence in range(BATCH):
             scale = torch.diag_embed(law.scale[sequence].mT)
             factor = torch.eye(HEADS) + torch.outer(
@@ -226,8 +225,9 @@ def test_warm_up_rises_to_one():
         warm_up(1, 0)
 
 
-def test_a_cache_is_refused_where_logits_pool_over_all_tokens(tokens, seeded_layers):
-    layer = MultiheadAttention(HEADS * DIM, HEADS, batch_first=True, logits=moved())
+@pytest.mark.parametrize("pool", ["mean", "first"])
+def test_a_cache_is_refused_where_logits_pool_over_tokens(pool, tokens, seeded_layers):
+    layer = MultiheadAttention(HEADS * DIM, HEADS, batch_first=True, logits=moved(pool=pool))
     with pytest.raises(ValueError, match="cache: expected a normalization over keys alone, logits"):
         layer(tokens, tokens, tokens, cache=KeyValueCache())
 
@@ -238,6 +238,107 @@ def test_a_law_of_the_first_token_reads_the_first_that_is_no_padding(clouds):
     mask = torch.tensor([[False, True, True, True, True], [True] * TOKENS])[:, None]
     expected = logits.law(query[:1, :, 1:], key[:1])
     close(logits.law(query, key, mask).mean[0], expected.mean[0])
+
+
+@pytest.mark.parametrize("name", ["query_mask", "key_mask", "attn_mask"])
+def test_a_mask_that_hides_nothing_changes_nothing(name, clouds):
+    """Mutants: a mean over the rows of a mask that stands for all of them."""
+    masks = {
+        "query_mask": torch.ones(BATCH, TOKENS, dtype=torch.bool),
+        "key_mask": torch.ones(BATCH, 7, dtype=torch.bool),
+        "attn_mask": torch.zeros(1, 7),
+    }
+    for pool in ("mean", "first"):
+        logits = moved(pool=pool)
+        expected = attention(*clouds, logits=logits)
+        close(attention(*clouds, logits=logits, **{name: masks[name]}), expected)
+
+
+def test_what_a_finite_mask_hides_is_not_pooled(clouds):
+    """Minus 1e9 hides as minus infinity does."""
+    query, key, value = clouds
+    hidden = torch.arange(7) >= 4
+    mask = torch.where(hidden, -1e9, 0.0)[None]
+    logits = moved()
+    expected = attention(query, key, value, logits=logits, attn_mask=mask)
+    other = torch.where(hidden[:, None], 5.0, key)
+    close(attention(query, other, value, logits=logits, attn_mask=mask), expected)
+
+
+@pytest.mark.parametrize("pool", ["mean", "first"])
+def test_left_padding_of_a_layer_is_not_pooled(pool, tokens, seeded_layers):
+    layer = MultiheadAttention(HEADS * DIM, HEADS, batch_first=True, logits=moved(pool=pool))
+    padding = torch.arange(TOKENS) < torch.tensor([[2], [0]])
+    other = torch.where(padding[..., None], 3.0, tokens)
+    first, second = (
+        layer.eval()(part, part, part, key_padding_mask=padding)[0] for part in (tokens, other)
+    )
+    close(second[~padding], first[~padding])
+
+
+def test_diagnostics_see_the_draw_of_the_call_and_count_nothing_twice(model, tokens):
+    """Mutant: a draw of their own."""
+    model.train()
+    with torch.random.fork_rng(devices=[]), density_terms(model) as terms:
+        with layer_statistics(model) as statistics, attention_calls(model) as calls:
+            model(tokens)
+        with attention_snapshot(model) as before:
+            model(tokens)
+    assert len(terms.local) == 4
+    for name, (call,) in calls.items():
+        close(call.weights() @ call.value, call.head_outputs)
+        close(statistics[name].column_mass, call.weights().sum(-2))
+    for change in attention_change(before, before).values():
+        assert change.total_variation.max() == 0
+
+
+def test_copies_have_no_listeners(model, tokens):
+    """Made within a context, after a call, whose graph cannot be copied."""
+    with density_terms(model) as terms:
+        model(tokens)
+        copied = copy.deepcopy(model)
+        copied(tokens)
+    assert len(terms.local) == 2
+
+
+def test_checkpointed_activations_have_the_same_divergence(model, tokens):
+    """Backward may come after the context has ended."""
+    layer = model.layers[0].train()
+    slopes = []
+    for checkpointed in (False, True):
+        model.zero_grad()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with density_terms(layer) as terms:
+                output = (
+                    checkpoint(layer, tokens, use_reentrant=False)
+                    if checkpointed
+                    else layer(tokens)
+                )
+            (output.square().sum() + terms.total()).backward()
+        slopes.append(layer.self_attn.logits.law.output_bias.grad.clone())
+    close(*slopes)
+
+
+def test_an_error_within_a_context_leaves_nothing(model):
+    logits = model.layers[0].self_attn.logits
+    for context in (density_terms, density_draws):
+        with pytest.raises(KeyError), context(model):
+            raise KeyError
+    assert not logits.listeners
+    assert not logits.draws_in_evaluation
+
+
+def test_sequences_without_a_token(clouds):
+    query, key, value = clouds
+    for pool in ("mean", "first"):
+        logits = moved(pool=pool)
+        with density_terms(logits) as terms:
+            assert (
+                attention(query, key[..., :0, :], value[..., :0, :], logits=logits).abs().max() == 0
+            )
+            assert attention(query[..., :0, :], key, value, logits=logits).shape[-2] == 0
+        assert terms.total().isfinite()
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -45,7 +45,8 @@ def test_logits_are_those_of_the_formula(name, generator):
     found = logits(query, key)
     for head, i, j in ((0, 0, 0), (1, 3, 4), (0, 2, 1)):
         difference = (query[head, i] - key[head, j]).tolist()
-        expected = by_hand(name, difference, logits.log_rate[head].exp().tolist())
+        rates = (logits.log_rate[head].exp() / DIM**0.5).tolist()
+        expected = by_hand(name, difference, rates)
         assert found[head, i, j].item() == pytest.approx(expected, rel=1e-9)
 
 

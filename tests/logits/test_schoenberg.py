@@ -14,9 +14,10 @@ close = torch.testing.assert_close
 
 def test_logits_are_those_of_the_formula(generator):
     """Mutants: shares that do not sum to one, a rate for twice the square, no pace."""
-    logits = SchoenbergMixture(HEADS, DIM, 3, magnitude=Magnitude(3.0))
+    logits = SchoenbergMixture(HEADS, DIM, 3, magnitude=Magnitude(3.0, num_heads=HEADS))
     query, key = (torch.randn(2, HEADS, n, DIM, generator=generator) for n in (4, 6))
     with torch.no_grad():
+        logits.magnitude.log_excess.copy_(torch.tensor([-1.0, 0.0, 1.0]))
         logits.raw_rate.copy_(torch.randn(HEADS, 3, DIM, generator=generator))
         logits.log_share.copy_(torch.randn(HEADS, 3, generator=generator))
     found = logits(query, key)
@@ -78,6 +79,23 @@ def test_the_fused_route_forms_no_weights(generator):
             attention(*parts, logits=logits, route="fused")
         sizes.append(saved)
     assert sizes[1] < 20 * sizes[0]
+
+
+def test_dropout_takes_the_dense_route(generator):
+    """Of a sum over copies, fused attention would drop copies, not weights."""
+    parts = [torch.randn(1, 8, 2, generator=generator) for _ in "qkv"]
+    with pytest.raises(ValueError, match="route: expected 'dense' with dropout_p= of weights that"):
+        attention(*parts, logits=SchoenbergMixture(1, 2, 2), dropout_p=0.5, route="fused")
+
+
+def test_bfloat16_stays_near_where_queries_are_long(generator):
+    """Mutant: squares of queries rounded before their products."""
+    query = 10 * torch.randn(1, 30, 64, generator=generator)
+    key = 0.1 * torch.randn(1, 30, 64, generator=generator)
+    logits = SchoenbergMixture(1, 64, 2, spread=0.5)
+    exact = logits(query.bfloat16().double(), key.bfloat16().double()).softmax(-1)
+    found = logits(query.bfloat16(), key.bfloat16()).double().softmax(-1)
+    assert (found - exact).abs().sum(-1).mean() / 2 < 0.1
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -35,7 +35,7 @@ def test_logits_are_those_of_the_formula(generator):
     found = logits(query, key)
     for head, i, j in ((0, 0, 0), (1, 3, 4), (0, 2, 5)):
         delta = (query[head, i] - key[head, j]).tolist()
-        rates = logits.log_rate[head].exp().tolist()
+        rates = (logits.log_rate[head].exp() / DIM**0.5).tolist()
         expected = -sum(rate * x**2 for rate, x in zip(rates, delta, strict=True)) / 2
         for c in range(COMPONENTS):
             turn = sum(m * x for m, x in zip(logits.means[head, c].tolist(), delta, strict=True))
@@ -60,7 +60,7 @@ def test_it_is_the_characteristic_function_of_its_law(generator):
     """Frequencies of a normal part and a Poisson number of jumps, by drawing them."""
     logits = trained(3, strength=1.0)
     num_draws = 200_000
-    root = (logits.log_rate[0] / 2).exp() / (2 * math.pi)
+    root = logits.rate[0].sqrt() / (2 * math.pi)
     frequency = root * torch.randn(num_draws, DIM, generator=generator)
     for c in range(COMPONENTS):
         rate = logits.strength[0, c].expand(num_draws)
