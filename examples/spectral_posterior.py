@@ -149,7 +149,8 @@ def tell_kernels(found):
     }
     table = compare(nuts, sites=["kernel", "squared_kernel"], num_null=20, **others).sites
     print("\nKernels beside those of NUTS, in its standard deviations")
-    print(table[["mean_error", "mean_error_95", "sd_ratio_low", "sd_ratio_high"]].round(2))
+    columns = ["mean_error", "mean_error_95", "sd_ratio_low", "sd_ratio_high"]
+    print(table[columns].round(2).to_string())
     tree = nuts.to_arviz(log_likelihood=False)
     axes = {site: tree["posterior"][site].dims for site in ("squared_kernel", "scaled_frequency")}
     for site, dims in axes.items():

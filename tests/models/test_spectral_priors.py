@@ -70,9 +70,9 @@ def test_all_series_and_heads_have_kernels_of_their_own_place(prior, generator):
 
 def test_kernels_follow_the_lkj_law_of_correlations(generator):
     """(R + 1) / 2 of two heads is Beta(η + (H - 2) / 2, same); mutants: another η, no coupling."""
-    prior = RandomFrequencies(2, correlation_shape=1.5)
-    drawn = [draw(prior, generator)[1]["head_correlation"] for _ in range(250)]
-    shape = 1.5 + (HEADS - 2) / 2
+    prior = RandomFrequencies(2, correlation_shape=4.0)
+    drawn = [draw(prior, generator)[1]["head_correlation"] for _ in range(150)]
+    shape = 4.0 + (HEADS - 2) / 2
     for i, j in ((0, 1), (0, 2), (1, 2)):
         halves = torch.stack([(one[i, j] + 1) / 2 for one in drawn])
         # A false alarm in a thousand runs.
