@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bayesattn.plots.canvas import bare, colors, legend_above, new_figure
 
@@ -42,6 +43,9 @@ def relative_figure(records: Sequence[Record], baseline: str) -> Figure:
                 axes.plot(ratios, [row] * len(ratios), "o", color=color, markersize=3, alpha=0.5)
                 axes.plot(np.exp(np.mean(np.log(ratios))), row, "|", color=color, markersize=14)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(0.2, 0.3, 0.5, 0.7, 0.85, 1.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(task, loc="left", fontsize=9)
         axes.set_yticks(range(len(rivals)), rivals, fontsize=9)
         axes.set_ylim(len(rivals) - 0.5, -0.5)
@@ -69,26 +73,21 @@ def forecast_figure(records: Sequence[Record]) -> Figure:
             axes.set_title(f"{task}: {rival}", loc="left", fontsize=8)
             axes.tick_params(labelsize=7)
             bare(axes)
-        column[-1].set_xlabel("time, in standard units", fontsize=8)
+        column[-1].set_xlabel("hidden month", fontsize=8)
     legend_above(figure, handles, "Forecasts of hidden years")
     return figure
 
 
 def _draw_forecast(axes: Any, found: Mapping[str, Sequence[float]]) -> list[Any]:
-    time, y, mean, deviation = (np.array(found[k]) for k in ("time", "y", "mean", "deviation"))
+    y, mean, deviation = (np.array(found[name]) for name in ("y", "mean", "deviation"))
+    months = np.arange(len(y))
     (color,) = colors(1)
-    seen = axes.plot(time, y, ".", color="0.4", markersize=3, label="hidden targets")
-    band = axes.errorbar(
-        time,
-        mean,
-        yerr=2 * deviation,
-        fmt="o",
-        markersize=2,
-        elinewidth=0.6,
-        color=color,
-        label="forecast",
+    seen = axes.plot(months, y, ".", color="0.3", markersize=3, label="target")
+    line = axes.plot(months, mean, color=color, linewidth=1, label="forecast")
+    axes.fill_between(
+        months, mean - 2 * deviation, mean + 2 * deviation, color=color, alpha=0.2, linewidth=0
     )
-    return [*seen, band]
+    return [*seen, *line]
 
 
 def _names(records: Sequence[Record], kind: str) -> list[str]:
