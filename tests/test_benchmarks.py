@@ -74,6 +74,18 @@ def test_fused_attention_needs_no_more_memory_than_pytorchs():
     assert memory["doubly, fused"] <= 1.3 * memory["SDPA"]
 
 
+def test_errors_of_features_fall_with_their_number(tmp_path):
+    command = [sys.executable, "-m", "tests.benchmarks.feature_error", "--dim", "8"]
+    command += ["--seeds", "3", "--sizes", "4,64", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        if line.startswith("cosines"):
+            few, many = (float(cell.split()[-1]) for cell in line.split("±")[:2])
+            assert many < few / 1.5, line
+    assert len(list(tmp_path.glob("feature_error_*.png"))) == 2
+
+
 def test_alignment_is_timed_beside_attention_and_a_training_step():
     command = [sys.executable, "-m", "tests.benchmarks.alignment_speed", "--lengths", "16,32"]
     command += ["--width", "16", "--layers", "1", "--batch", "2", "--tokens", "6"]

@@ -87,10 +87,13 @@ def contestants(device: str) -> dict[str, Attend]:
     interpolated = InterpolatedNormalized(HEADS).to(device)
     hybrid = HybridNormalized(HEADS).to(device)
     sizes = (HEADS, DIM)
-    features = {
-        f"{count} features": by(None, "fused", PositiveFeatures(*sizes, count).to(device))
-        for count in (64, 128, 256)
-    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        frequencies = SpectralLogits(*sizes, 64, square="plain").to(device)
+        features = {
+            f"{count} features": by(None, "fused", PositiveFeatures(*sizes, count).to(device))
+            for count in (64, 128, 256)
+        }
     mixture = SchoenbergMixture(*sizes, 4, spread=1.0).to(device)
     return {
         "SDPA": F.scaled_dot_product_attention,
@@ -108,9 +111,7 @@ def contestants(device: str) -> dict[str, Attend]:
         "mixture of 4, fused": by(None, "fused", mixture),
         "mixture of 4, dense": by(None, "dense", mixture),
         "rational quadratic, dense": by(None, "dense", RationalQuadratic(*sizes).to(device)),
-        "64 frequencies, dense": by(
-            None, "dense", SpectralLogits(*sizes, 64, square="plain").to(device)
-        ),
+        "64 frequencies, dense": by(None, "dense", frequencies),
         **features,
     }
 
