@@ -63,7 +63,7 @@ def routines(few):
         "SVGD": (SVGD(model, num_particles=30), steps),
         "SVGD by site": (SVGD(model, num_particles=30, kernel=PerSite(RBF())), steps),
         "SVGD of sets": (
-            SVGD(model, num_particles=30, kernel=PerSite(RBF(), sets), metric="none"),
+            SVGD(model, num_particles=30, kernel=PerSite(RBF(), sets)),
             steps,
         ),
         "SVGD, mixture": (SVGD(mixture, num_particles=20, kernel=PerSite(RBF())), fewer),

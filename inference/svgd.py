@@ -36,7 +36,7 @@ from bayesattn.inference.schedules import Number, Schedule, cosine_after_half
 from bayesattn.inference.stein import Stepper, SVGDInfo, SVGDState, direction
 from bayesattn.inference.step_loop import StepLoop
 from bayesattn.inference.svgd_run import SVGDRun
-from bayesattn.kernels import IMQ, Kernel, SiteKernel
+from bayesattn.kernels import IMQ, Kernel, SiteKernel, reads_coordinates
 
 __all__ = ["SVGD", "SVGDInfo", "SVGDState", "direction"]
 
@@ -56,7 +56,8 @@ class SVGD(Routine):
             joint log density along) or ``"fixed"`` (stay where they start).
         kernel: In working coordinates; IMQ with the median rule by default. With
             :class:`~bayesattn.kernels.PerSite` coordinates of different sites are kept apart: no
-            metric or coordinates that mix them.
+            metric or coordinates that mix them. With kernels of features, such as
+            :class:`~bayesattn.kernels.Equivariant`, coordinates stay as they are.
         optimizer: Makes a torch optimizer of a list of tensors; Adam at 0.1 by default.
         schedule: Factor on the learning rate by progress in [0, 1].
         metric: Working coordinates from the particles' own covariance, every ``metric_every`` steps
@@ -124,6 +125,15 @@ class SVGD(Routine):
                 raise ValueError(
                     f"{name}={choice!r} mixes coordinates of different sites, so it does not go "
                     f"with a kernel for each of them: {kernel!r}"
+                )
+        if reads_coordinates(kernel):
+            # Features are of the coordinates that the program has.
+            metric = "none" if metric == "auto" else metric
+            if metric != "none" or coordinates != "raw":
+                raise ValueError(
+                    "a kernel of features reads the program's own coordinates: expected "
+                    f"metric='none' and coordinates='raw', got metric={metric!r} and "
+                    f"coordinates={coordinates!r}"
                 )
         self.num_particles, self.particle_plate = num_particles, particle_plate
         self.outside = outside

@@ -509,3 +509,16 @@ def test_a_sampler_freezes_and_shakes_equivariant_particles(generator):
     posterior = spos.run(2, init=starts_of_two(generator), **lengths)
     assert posterior["frequency"].isfinite().all()
     assert posterior["frequency"].std(1).min() > 0
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda k: k, lambda k: PerSite(RBF(), {"frequency": k}), lambda k: PerSite(k)]
+)
+def test_coordinates_stay_those_that_features_know(wrapped):
+    """Mutants: a diagonal metric from twenty particles on, Laplace coordinates."""
+    kernel = wrapped(Equivariant(FrequencySets(1, 2)))
+    assert SVGD(int, num_particles=50, kernel=kernel).metric == "none"
+    assert SVGD(int, num_particles=50, kernel=RBF() + RBF()).metric == "auto"
+    for mixing in ({"metric": "diagonal"}, {"coordinates": "laplace"}):
+        with pytest.raises(ValueError, match=r"kernel of features reads|does not go with a kernel"):
+            SVGD(int, num_particles=50, kernel=kernel, **mixing)

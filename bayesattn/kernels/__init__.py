@@ -7,7 +7,7 @@ from bayesattn.kernels.frequency_sets import FrequencySets, normal_probes
 from bayesattn.kernels.linear import Linear
 from bayesattn.kernels.preconditioned import Preconditioned
 from bayesattn.kernels.protocol import Kernel, KernelTerms, ScalarKernel, SiteKernel, Terms
-from bayesattn.kernels.pullback import Equivariant, Pullback
+from bayesattn.kernels.pullback import Equivariant, Pullback, reads_coordinates
 from bayesattn.kernels.radial import IMQ, RBF, pairwise_repulsion
 from bayesattn.kernels.separate import Separate
 from bayesattn.kernels.sums import Sum
@@ -34,5 +34,6 @@ __all__ = [
     "median_squared_distance",
     "normal_probes",
     "pairwise_repulsion",
+    "reads_coordinates",
     "squared_distances",
 ]

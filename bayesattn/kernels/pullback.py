@@ -28,13 +28,14 @@ from torch import Tensor
 
 from bayesattn.autocasting import full_precision
 from bayesattn.kernels.bandwidths import Number
+from bayesattn.kernels.blocks import PerSite
 from bayesattn.kernels.distances import geometry, widened
 from bayesattn.kernels.feature_maps import FeatureTerms, feature_terms
 from bayesattn.kernels.protocol import KernelTerms, ScalarKernel
 from bayesattn.kernels.radial import IMQ, RBF
 from bayesattn.kernels.sums import Sum, Summable
 
-__all__ = ["Equivariant", "EquivariantTerms", "Pullback"]
+__all__ = ["Equivariant", "EquivariantTerms", "Pullback", "reads_coordinates"]
 
 Features = Callable[[Tensor], Tensor]
 
@@ -98,8 +99,8 @@ class Equivariant:
 
     They move where features do, and no further: what f does not see stays where it starts, and so
     does a particle at which f is stationary, such as a frequency of zero. A particle alone does
-    not climb to a mode, since features that bend push it. In SVGD symmetries are those of raw
-    coordinates: give it ``metric="none"``.
+    not climb to a mode, since features that bend push it. In SVGD coordinates stay the program's,
+    which are those that features know.
 
     Args:
         features: f, of each particle alone; a :class:`~bayesattn.kernels.FeatureMap` where it knows
@@ -172,6 +173,15 @@ class EquivariantTerms(NamedTuple):
         between = KernelTerms(normal.shape[-1] * whole, normal)
         noise = between.fluctuate(normal.flatten(-2)[..., None], floor)
         return noise.view(normal.shape)
+
+
+def reads_coordinates(kernel: object) -> bool:
+    """Whether a kernel, or one that it is made of, is of features of the program's coordinates."""
+    if isinstance(kernel, PerSite):
+        return any(map(reads_coordinates, (kernel.kernel, *kernel.sites.values())))
+    if isinstance(kernel, Sum):
+        return any(map(reads_coordinates, kernel.kernels))
+    return isinstance(kernel, Pullback | Equivariant)
 
 
 def _features(
