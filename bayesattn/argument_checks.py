@@ -1,11 +1,19 @@
 """Checks of plain arguments; each says the name, what was expected, and what came."""
 
+import math
 import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["check_choice", "check_count", "check_not_negative", "check_positive", "check_type"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_not_negative",
+    "check_numbers",
+    "check_positive",
+    "check_type",
+]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -53,6 +61,21 @@ def check_not_negative(name: str, value: Any) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name} must be a number, not negative, got {value!r}")
+
+
+def check_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """Return finite numbers of a sequence, such as a list, an array or a tensor of one axis.
+
+    Raises:
+        ValueError: If it is none, is empty, or has others among them.
+    """
+    try:
+        numbers_in = tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):
+        numbers_in = ()
+    if not numbers_in or not all(map(math.isfinite, numbers_in)):
+        raise ValueError(f"{name} must be a sequence of finite numbers, got {values!r}")
+    return numbers_in
 
 
 def check_type(name: str, value: Any, *types: type) -> None:

@@ -41,7 +41,7 @@ class DensityTerms:
         else:
             self.local.append(divergence)
 
-    def total(self, num_sequences: int = 1) -> Float[Tensor, ""]:
+    def total(self, num_sequences: int | None = None) -> Float[Tensor, ""]:
         """Sum over calls of layers of the divergence of a sequence, the mean over the batch.
 
         To be added to the mean over sequences of the negative log likelihood. Of one pass of the
@@ -49,16 +49,22 @@ class DensityTerms:
 
         Args:
             num_sequences: In all data; latents that they share (``pool="none"``) count by its
-                inverse, so it must be told where there are such.
+                inverse, so it must be told where there are such, and only there.
 
         Raises:
-            ValueError: If no layer was called.
+            ValueError: If no layer was called, or the number of sequences is missing.
         """
-        check_count("num_sequences", num_sequences)
+        if self.shared and num_sequences is None:
+            raise ValueError(
+                "num_sequences: expected the number of sequences in all data, which share the "
+                "latents of layers with pool='none', got None"
+            )
         if not self.local and not self.shared:
             raise ValueError("density_terms: expected a call of the model, got none")
         means = [divergence.mean() for divergence in self.local]
-        means += [divergence / num_sequences for divergence in self.shared]
+        if self.shared:
+            number = check_count("num_sequences", num_sequences)
+            means += [divergence / number for divergence in self.shared]
         return torch.stack(means).sum()
 
 
@@ -115,7 +121,8 @@ def sampled_outputs(
 ) -> Float[Tensor, "draw *output"]:
     """What a call gives under several draws of the frequencies; their mean is the prediction.
 
-    Probabilities are to be averaged, not their logits. Random state is left as it was.
+    Probabilities are to be averaged, not their logits. Random state is left as it was. Gradients
+    are those of the call; ``torch.no_grad()`` saves their memory.
 
     Args:
         model: What has the densities; best in evaluation mode, without dropout.

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bayesattn.argument_checks import check_type
+from bayesattn.argument_checks import check_numbers, check_type
 from bayesattn.logits.spectral_features import log_of_square
 from bayesattn.masking import masked_softmax
 from bayesattn.models.checks import check_settings
@@ -71,7 +71,14 @@ class AttentionRegression:
 
     def __post_init__(self) -> None:
         check_type("kernels", self.kernels, KernelPrior)
+        if self.magnitudes is not None:
+            check_type("magnitudes", self.magnitudes, MagnitudePrior)
         check_settings(self)
+        object.__setattr__(self, "lags", check_numbers("lags", self.lags))
+        if self.direction is not None:
+            object.__setattr__(self, "direction", check_numbers("direction", self.direction))
+            if not any(self.direction):
+                raise ValueError("direction must not be zero, got zeros alone")
 
     @property
     def dims(self) -> dict[str, list[str]]:

@@ -88,7 +88,9 @@ class ImplicitSpectralLogits(ConditionalLogits):
         hidden_dim: Width of the hidden layers of the network and of the generator.
         pool: What the law depends on: "mean" of the queries and of the keys that are no padding;
             the "first" of both, which also goes under causal masks; or "none", one law and one draw
-            for all sequences.
+            for all sequences. Pooled tokens tell each other of themselves whatever masks are
+            between them: in a decoder's attention to an encoder, of packed documents, and of
+            several graphs in one only "none" keeps them apart.
         is_stationary: As for :class:`bayesattn.logits.SpectralLogits`.
         square: Likewise.
         floor: Likewise.

@@ -46,7 +46,7 @@ class Magnitude(nn.Module):
         Song et al. (2021), arXiv:2006.06147.
     """
 
-    def __init__(self, p: Number = 2.0, num_heads: int | None = None):
+    def __init__(self, p: Number = 2.0, *, num_heads: int | None = None):
         super().__init__()
         check_positive("p", p)
         if p < 1 or (p == 1 and num_heads is not None):

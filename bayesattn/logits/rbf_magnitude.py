@@ -39,10 +39,10 @@ class RBFMagnitude(Logits):
         Song et al. (2021), arXiv:2006.06147.
     """
 
-    def __init__(self, p: Number = 2.0, num_heads: int | None = None):
+    def __init__(self, p: Number = 2.0, *, num_heads: int | None = None):
         super().__init__()
         self.num_heads = num_heads
-        self.magnitude = Magnitude(p, num_heads)
+        self.magnitude = Magnitude(p, num_heads=num_heads)
 
     def reset_parameters(self) -> None:
         """Start at the given p."""

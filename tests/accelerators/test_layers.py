@@ -47,7 +47,7 @@ CHOICES = {
     "hybrid": {"normalization": HybridNormalized(HEADS)},
     "sinkhorn": {"normalization": Sinkhorn(3)},
     "gaussian": {"logits": GaussianLogits(HEADS, WIDTH // HEADS)},
-    "magnitude": {"logits": RBFMagnitude(3.0, HEADS)},
+    "magnitude": {"logits": RBFMagnitude(3.0, num_heads=HEADS)},
     "quadratic": {"logits": RationalQuadratic(HEADS, WIDTH // HEADS, tail=0.5)},
     "matern": {"logits": Matern(HEADS, WIDTH // HEADS, share=0.5)},
     "schoenberg": {"logits": SchoenbergMixture(HEADS, WIDTH // HEADS, 3, spread=1.0)},

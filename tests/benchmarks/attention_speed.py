@@ -107,7 +107,7 @@ def contestants(device: str) -> dict[str, Attend]:
         "sinkhorn 3, dense": by(Sinkhorn(3), "dense"),
         "sinkhorn 3, fused": by(Sinkhorn(3), "fused"),
         "magnitude, p = 3": by(None, "fused", RBFMagnitude(3.0)),
-        "magnitude, learned p": by(None, "fused", RBFMagnitude(3.0, HEADS).to(device)),
+        "magnitude, learned p": by(None, "fused", RBFMagnitude(3.0, num_heads=HEADS).to(device)),
         "mixture of 4, fused": by(None, "fused", mixture),
         "mixture of 4, dense": by(None, "dense", mixture),
         "rational quadratic, dense": by(None, "dense", RationalQuadratic(*sizes).to(device)),

@@ -206,8 +206,11 @@ def test_latents_that_all_sequences_share_count_once(clouds):
     logits = moved(pool="none")
     with density_terms(logits) as terms:
         logits(*clouds[:2])
-    assert terms.total().item() == pytest.approx(6 * logits.law(*clouds[:2]).divergence().item())
-    close(terms.total(num_sequences=10), terms.total() / 10)
+    whole = 6 * logits.law(*clouds[:2]).divergence()
+    close(terms.total(num_sequences=1), whole)
+    close(terms.total(num_sequences=10), whole / 10)
+    with pytest.raises(ValueError, match="num_sequences: expected the number of sequences"):
+        terms.total()
 
 
 def test_draws_at_test_time(model, tokens):
