@@ -352,7 +352,12 @@ def _mask_for(
     if pools_tokens(logits) and attn_mask is not None:
         attn_mask = with_infinities(attn_mask)
     if sees_all_tokens(logits):
-        _refuse_causal(logits, is_causal, attn_mask, num_queries, num_keys)
+        reason = (
+            f"logits: {type(logits).__name__} pools over all tokens, so under a causal mask each "
+            "query would learn of later ones; expected logits that pool over the first token or "
+            "none"
+        )
+        _refuse_causal(reason, is_causal, attn_mask, num_queries, num_keys)
     if not mixes_queries(normalization):
         return attn_mask
     attn_mask = None if attn_mask is None else with_infinities(attn_mask)
@@ -372,20 +377,13 @@ def _mask_for(
         f"normalization: {name} normalizes over queries, so under a causal mask each query "
         "would learn of later ones; expected CausalDoublyNormalized or Softmax"
     )
-    if is_causal and num_queries > 1:
-        raise ValueError(reason)
-    if attn_mask is not None:
-        refuse_leaks(attn_mask, num_queries, num_keys, reason)
+    _refuse_causal(reason, is_causal, attn_mask, num_queries, num_keys)
     return attn_mask
 
 
 def _refuse_causal(
-    logits: object, is_causal: bool, attn_mask: Tensor | None, num_queries: int, num_keys: int
+    reason: str, is_causal: bool, attn_mask: Tensor | None, num_queries: int, num_keys: int
 ) -> None:
-    reason = (
-        f"logits: {type(logits).__name__} pools over all tokens, so under a causal mask each query "
-        "would learn of later ones; expected logits that pool over the first token or none"
-    )
     if is_causal and num_queries > 1:
         raise ValueError(reason)
     if attn_mask is not None:

@@ -16,6 +16,7 @@ __all__ = [
     "about_mean",
     "floored_median",
     "geometry",
+    "local_distances",
     "median_squared_distance",
     "squared_distances",
     "widened",
@@ -47,6 +48,17 @@ def squared_distances(
     with full_precision(x):
         products = rows @ columns.mT
     return _from_products(rows.square().sum(-1), columns.square().sum(-1), products)
+
+
+def local_distances(
+    x: Float[Tensor, "*#batch row dim"], y: Float[Tensor, "*#batch column dim"]
+) -> Float[Tensor, "*#batch row column"]:
+    """Squared distances, each of them of the two places alone, whatever stands at others.
+
+    So they are about the origin, and lose the digits that :func:`squared_distances` keeps where
+    clouds are far from it.
+    """
+    return _from_products(x.square().sum(-1), y.square().sum(-1), x @ y.mT)
 
 
 def median_squared_distance(

@@ -29,7 +29,6 @@ __all__ = [
     "logits_along_edges",
     "logits_of_pairs",
     "narrowed",
-    "pairwise_distances",
     "start_rate",
 ]
 
@@ -65,14 +64,21 @@ class KernelLogits(EdgeLogits):
         Args:
             query: In float32 or wider.
             key: Likewise.
+
+        Raises:
+            TypeError: If a subclass does not define it.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define log_kernel")
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
     ) -> Float[Tensor, "*_batch pair"]:
-        """Logarithm of the kernel of each query with the key in its place, up to a constant."""
-        raise NotImplementedError
+        """Logarithm of the kernel of each query with the key in its place, up to a constant.
+
+        Raises:
+            TypeError: If a subclass does not define it.
+        """
+        raise TypeError(f"{type(self).__name__} must define log_kernel_of_pairs")
 
     def forward(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
@@ -155,14 +161,6 @@ def logits_along_edges(
             values = values + magnitude(asking).index_select(1, targets)
             values = values + magnitude(asked).index_select(1, sources)
     return values
-
-
-def pairwise_distances(
-    query: Float[Tensor, "*#batch query dim"], key: Float[Tensor, "*#batch key dim"]
-) -> Float[Tensor, "*#batch query key"]:
-    """Squared distances, each of them of the two places alone, whatever stands at others."""
-    norms = query.square().sum(-1)[..., :, None] + key.square().sum(-1)[..., None, :]
-    return (norms - 2 * (query @ key.mT)).clamp_min(0.0)
 
 
 def narrowed(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

@@ -19,12 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_choice, check_not_negative
-from bayesattn.logits.kernel_logits import (
-    KernelLogits,
-    at_least_zero,
-    pairwise_distances,
-    start_rate,
-)
+from bayesattn.kernels.distances import local_distances
+from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["Matern", "RationalQuadratic"]
@@ -50,7 +46,7 @@ class _Radial(KernelLogits):
     ) -> Float[Tensor, "*_batch query key"]:
         """Logarithm of the kernel of all pairs."""
         root = self._root_rate(query)
-        return self._profile(pairwise_distances(query * root, key * root))
+        return self._profile(local_distances(query * root, key * root))
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]

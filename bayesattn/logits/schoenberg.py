@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count, check_not_negative
-from bayesattn.autocasting import full_precision
 from bayesattn.kernels.distances import widened
-from bayesattn.logits.kernel_logits import KernelLogits, narrowed, start_rate
+from bayesattn.logits.kernel_logits import KernelLogits, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 from bayesattn.logits.protocol import ReducedLogits
 
@@ -103,28 +102,18 @@ class SchoenbergMixture(KernelLogits):
     ) -> ReducedLogits:
         """Likewise, without the magnitudes of queries."""
         self.check_parts(query, key)
-        asking, asked = widened(query), widened(key)[..., None, :, :]
-        rate = self.rate.to(asked.dtype)[..., None, :]
-        linear = rate * asked
-        bias = self.log_share.to(asked.dtype).log_softmax(-1)[..., None]
-        bias = bias - (linear * asked).sum(-1) / 2
-        if self.magnitude is not None:
-            bias = bias + self.magnitude(key)[..., None, :]
-        copies = torch.cat([linear, (-rate / 2).expand_as(linear)], -1)
-        return ReducedLogits(
-            torch.cat([asking, asking.square()], -1).to(query.dtype),
-            copies.flatten(-3, -2).to(key.dtype),
-            key_bias=bias.flatten(-2),
-            copies=self.num_components,
-        )
+        reduced = self._reduced_kernel(query, key)
+        if self.magnitude is None:
+            return reduced
+        assert reduced.key_bias is not None
+        magnitudes = self.magnitude(key).repeat(*(1,) * (key.ndim - 2), self.num_components)
+        return reduced._replace(key_bias=reduced.key_bias + magnitudes)
 
-    def forward(
-        self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
+    def log_kernel(
+        self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
-        """The logits of all pairs."""
-        with full_precision(query):
-            values = self.reduce(widened(query), widened(key)).values()
-        return narrowed(values, query.dtype)
+        """Logarithm of the kernel of all pairs."""
+        return self._reduced_kernel(query, key).values()
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
@@ -132,6 +121,21 @@ class SchoenbergMixture(KernelLogits):
         """Logarithm of the kernel of each query with the key in its place."""
         parts = (query - key).square() @ self.rate.to(query.dtype).mT
         return (self.log_share.to(query.dtype).log_softmax(-1)[:, None] - parts / 2).logsumexp(-1)
+
+    def _reduced_kernel(self, query: Tensor, key: Tensor) -> ReducedLogits:
+        """Without magnitudes."""
+        asking, asked = widened(query), widened(key)[..., None, :, :]
+        rate = self.rate.to(asked.dtype)[..., None, :]
+        linear = rate * asked
+        bias = self.log_share.to(asked.dtype).log_softmax(-1)[..., None]
+        bias = bias - (linear * asked).sum(-1) / 2
+        copies = torch.cat([linear, (-rate / 2).expand_as(linear)], -1)
+        return ReducedLogits(
+            torch.cat([asking, asking.square()], -1).to(query.dtype),
+            copies.flatten(-3, -2).to(key.dtype),
+            key_bias=bias.flatten(-2),
+            copies=self.num_components,
+        )
 
     def extra_repr(self) -> str:
         """The sizes."""

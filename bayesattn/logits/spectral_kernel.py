@@ -19,6 +19,7 @@ Source:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayesattn.logits.kernel_logits import pairwise_distances, start_rate
+from bayesattn.contraction import inner_products
+from bayesattn.kernels.distances import local_distances
+from bayesattn.logits.kernel_logits import start_rate
 from bayesattn.logits.spectral_features import (
     fourier_features,
     log_of_square,
@@ -109,45 +112,41 @@ class SpectralKernel:
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """The kernel of all pairs before it is squared, with its sign."""
-        similarity = self._asking(query) @ self._asked(key).mT
+        similarity = inner_products(self._asking(query), self._asked(key))
         if self.anchor is None:
             return similarity
-        return similarity + _half_log_softmax(pairwise_distances(query, key), query).exp()
+        return similarity + _half_log_softmax(local_distances(query, key), query).exp()
 
     def log_kernel(
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]
     ) -> Float[Tensor, "*_batch query key"]:
         """Logarithm of the square of all pairs."""
-        asking, asked = self._asking(query), self._asked(key)
-        similarity = asking @ asked.mT
-        if self.square == "anchored":
-            half = _half_log_softmax(pairwise_distances(query, key), query)
-            return self._anchored(similarity, half)
-        if self.square == "plain":
-            return log_of_square(similarity.square(), self.floor)
-        squares = square_features(asking) @ square_features(asked).mT
-        return self._unbiased(similarity, squares)
+        return self._log_square(query, key, inner_products, local_distances)
 
     def log_kernel_of_pairs(
         self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
     ) -> Float[Tensor, "*_batch pair"]:
         """Logarithm of the square of each query with the key in its place."""
+        return self._log_square(query, key, _products_in_place, _distances_in_place)
+
+    def _log_square(
+        self,
+        query: Tensor,
+        key: Tensor,
+        products: Callable[[Tensor, Tensor], Tensor],
+        distances: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Of all pairs, or of those in one place, as products and distances are."""
         asking, asked = self._asking(query), self._asked(key)
-        similarity = (asking * asked).sum(-1)
+        similarity = products(asking, asked)
         if self.square == "anchored":
-            half = _half_log_softmax((query - key).square().sum(-1), query)
-            return self._anchored(similarity, half)
+            half = _half_log_softmax(distances(query, key), query)
+            start = half.exp()
+            changed = log_of_square((start + similarity).square(), self.floor)
+            return 2 * half + changed - log_of_square(start.square(), self.floor)
         if self.square == "plain":
             return log_of_square(similarity.square(), self.floor)
-        squares = (square_features(asking) * square_features(asked)).sum(-1)
-        return self._unbiased(similarity, squares)
-
-    def _anchored(self, change: Tensor, half: Tensor) -> Tensor:
-        start = half.exp()
-        changed = log_of_square((start + change).square(), self.floor)
-        return 2 * half + changed - log_of_square(start.square(), self.floor)
-
-    def _unbiased(self, similarity: Tensor, squares: Tensor) -> Tensor:
+        squares = products(square_features(asking), square_features(asked))
         num_frequencies = self.frequencies.first.shape[-2]
         return log_of_square(unbiased_square(similarity, squares, num_frequencies), self.floor)
 
@@ -167,3 +166,11 @@ class SpectralKernel:
 def _half_log_softmax(distances: Tensor, like: Tensor) -> Tensor:
     """Half the logarithm of the softmax's kernel."""
     return -start_rate(like.shape[-1]) * distances / 4
+
+
+def _products_in_place(asking: Tensor, asked: Tensor) -> Tensor:
+    return (asking * asked).sum(-1)
+
+
+def _distances_in_place(query: Tensor, key: Tensor) -> Tensor:
+    return (query - key).square().sum(-1)

@@ -21,13 +21,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count
+from bayesattn.kernels.distances import local_distances
 from bayesattn.logits.characteristic_functions import component_characteristics
-from bayesattn.logits.kernel_logits import (
-    KernelLogits,
-    at_least_zero,
-    pairwise_distances,
-    start_rate,
-)
+from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["SpectralMixture"]
@@ -93,10 +89,10 @@ class SpectralMixture(KernelLogits):
     ) -> Float[Tensor, "*_batch query key"]:
         """Logarithm of the kernel of all pairs."""
         root = self.rate.to(query.dtype).sqrt()[:, None]
-        gaussian = -pairwise_distances(query * root, key * root) / 2
+        gaussian = -local_distances(query * root, key * root) / 2
         queries, keys = query[..., None, :, :], key[..., None, :, :]
         scale = self.log_scale.to(query.dtype).exp()[..., None, :]
-        spread = pairwise_distances(queries * scale, keys * scale)
+        spread = local_distances(queries * scale, keys * scale)
         # The cosine of a difference, without the difference of every pair.
         of_query, of_key = (
             2 * math.pi * (part @ self.means.to(part.dtype)[..., None]) for part in (queries, keys)
