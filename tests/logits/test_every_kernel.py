@@ -23,6 +23,8 @@ from tests.logits.cases import ALL, DIM, EXACT, HEADS, made
 BATCH, QUERIES, KEYS = 2, 7, 11
 close = torch.testing.assert_close
 every_kernel = pytest.mark.parametrize("name", ALL)
+# Whose parameters do not hang on the width of queries and keys.
+WITHOUT_WIDTH = ("gaussian", "rbf_magnitude")
 REDUCED = [name for name in ALL if type(made(name)).reduce is not Logits.reduce]
 
 
@@ -99,12 +101,10 @@ def test_padding_never_matters(name, clouds, masks):
     close(attention(*(part[:1] for part in clouds), logits=logits, **alone), expected[:1])
 
 
-@every_kernel
+@pytest.mark.parametrize("name", REDUCED)
 @pytest.mark.parametrize("normalization", [None, DoublyNormalized(), Sinkhorn(2)], ids=repr)
 def test_gradients_where_a_sequence_has_no_query_or_no_key(name, normalization, clouds):
     """Mutant: a logsumexp of nothing but minus infinities."""
-    if name not in REDUCED:
-        pytest.skip("there is the dense route alone")
     parts = [part.requires_grad_() for part in clouds]
     logits = made(name, moved=0.5)
     settings = {"logits": logits, "normalization": normalization, "route": "fused"}
@@ -302,20 +302,17 @@ def test_compiled(name, clouds):
     close(in_one_graph(lambda *parts: attention(*parts, logits=logits), *clouds), expected)
 
 
-@every_kernel
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WITHOUT_WIDTH])
 def test_other_heads_and_widths_are_refused(name, clouds):
-    if name in ("gaussian", "rbf_magnitude"):
-        pytest.skip("its parameters have no width")
     logits = made(name)
     for part in (clouds[0][..., :4], clouds[0][:, :2], clouds[0][0, 0]):
         with pytest.raises(ValueError, match=f"{type(logits).__name__}: expected queries and keys"):
             attention(part, part, part, logits=logits)
 
 
-@every_kernel
+# The variance of the Gaussian logits is itself a parameter, and rounded.
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "gaussian"])
 def test_a_start_rounded_to_bfloat16_is_the_softmax_still(name, clouds):
-    if name not in EXACT or name == "gaussian":
-        pytest.skip("it does not start there, or is rounded")
     query, key, value = clouds
     logits = made(name).bfloat16().double().eval()
     close(attention(query, key, value, logits=logits), attention(query, key, value))
