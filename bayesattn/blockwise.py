@@ -69,7 +69,8 @@ def logsumexp_gradient(
     Float[Tensor, "batch query dim"], Float[Tensor, "batch key dim"], Float[Tensor, "batch key"]
 ]:
     """Gradients of :func:`blockwise_logsumexp` with regard to query, key and key bias."""
-    to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
+    # Sums over blocks gather faster with the long axis last.
+    to_query, to_key = torch.empty_like(query), torch.zeros_like(key.mT)
     to_bias = key.new_zeros(key.shape[:2])
     for batch, blocks in _groups(query, key):
         bias, total = _of(key_bias, batch), logsumexp[batch]
@@ -77,11 +78,11 @@ def logsumexp_gradient(
         for rows, buffers in blocks:
             weights = torch.bmm(left[:, rows], right.mT, out=buffers[0]).exp_()
             weights.mul_(gradient[batch, rows, None])
-            to_query[batch, rows] = torch.bmm(weights, key[batch])
-            to_key[batch].baddbmm_(weights.mT, query[batch, rows])
+            torch.bmm(weights, key[batch], out=to_query[batch, rows])
+            to_key[batch].baddbmm_(query[batch, rows].mT, weights)
             if bias is not None:
                 to_bias[batch] += weights.sum(-2)
-    return to_query.mul_(scale), to_key.mul_(scale), to_bias
+    return to_query.mul_(scale), to_key.mT.contiguous().mul_(scale), to_bias
 
 
 def attention_gradient(
@@ -125,39 +126,32 @@ def attention_gradient(
         :math:`a` (zeros if there is none).
     """
     to_value, to_bias = torch.empty_like(value), key.new_zeros(key.shape[:2])
-    to_query, to_key = torch.zeros_like(query), torch.empty_like(key)
-    to_query_bias, width = query.new_zeros(query.shape[:2]), value.shape[-1]
+    to_query, to_key = torch.zeros_like(query.mT), torch.empty_like(key)
+    to_query_bias = query.new_zeros(query.shape[:2])
     for batch, blocks in _groups(key, query, num_buffers=2):
         left, right = _with_bias(
             query[batch] * scale, key[batch], key_bias[batch], logsumexp[batch]
         )
         mass = _of(query_mass, batch)
-        upstream = _upstream(gradient[batch], output[batch], mass)
+        averages = (gradient[batch] * output[batch]).sum(-1, keepdim=True)
+        columns = [gradient[batch], averages]
+        upstream = torch.cat(columns if mass is None else [*columns, mass[..., None]], -1)
         for rows, buffers in blocks:
             weights = torch.bmm(right[:, rows], left.mT, out=buffers[0]).exp_()
-            sums = torch.bmm(weights, upstream)
-            to_value[batch, rows] = sums[..., :width]
-            factors = [value[batch, rows], value.new_full((*sums.shape[:2], 1), -1.0)]
-            excess = (sums[..., :width] * factors[0]).sum(-1) - sums[..., width]
+            sums = torch.bmm(weights, gradient[batch], out=to_value[batch, rows])
+            excess = (sums * value[batch, rows]).sum(-1)
+            excess -= torch.bmm(weights, averages).squeeze(-1)
+            factors = [value[batch, rows], value.new_full((*excess.shape, 1), -1.0)]
             if mass is None:
                 to_bias[batch, rows] = excess
             else:
                 factors.append(-excess[..., None])
                 to_query_bias[batch] -= torch.bmm(excess[:, None], weights).squeeze(1) * mass
             inner = torch.bmm(torch.cat(factors, -1), upstream.mT, out=buffers[1]).mul_(weights)
-            to_key[batch, rows] = torch.bmm(inner, query[batch])
-            to_query[batch].baddbmm_(inner.mT, key[batch, rows])
-    return to_query.mul_(scale), to_key.mul_(scale), to_value, to_bias, to_query_bias
-
-
-def _upstream(
-    gradient: Float[Tensor, "batch query dim"],
-    output: Float[Tensor, "batch query dim"],
-    query_mass: Float[Tensor, "batch query"] | None,
-) -> Float[Tensor, "batch query wide"]:
-    """What a block's weights are multiplied with, and the columns that ride along."""
-    columns = [gradient, (gradient * output).sum(-1, keepdim=True)]
-    return torch.cat(columns if query_mass is None else [*columns, query_mass[..., None]], -1)
+            torch.bmm(inner, query[batch], out=to_key[batch, rows])
+            to_query[batch].baddbmm_(key[batch, rows].mT, inner)
+    to_query = to_query.mT.contiguous().mul_(scale)
+    return to_query, to_key.mul_(scale), to_value, to_bias, to_query_bias
 
 
 def _with_bias(

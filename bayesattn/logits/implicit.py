@@ -67,8 +67,8 @@ class GivenKernel(NamedTuple):
         edges: Int[Tensor, "2 edge"],
     ) -> Float[Tensor, "head edge"]:
         """The logits of each edge."""
-        along = self.kernel.log_kernel_of_pairs
-        return logits_along_edges(along, self.magnitude, query, key, edges)
+        log_kernel = self.kernel.log_kernel_of_edges
+        return logits_along_edges(log_kernel, self.magnitude, query, key, edges)
 
 
 class ImplicitSpectralLogits(ConditionalLogits):

@@ -26,6 +26,7 @@ __all__ = [
     "KernelLogits",
     "at_least_zero",
     "check_heads",
+    "ends_of_edges",
     "logits_along_edges",
     "logits_of_pairs",
     "narrowed",
@@ -33,10 +34,11 @@ __all__ = [
 ]
 
 LogKernel = Callable[[Tensor, Tensor], Tensor]
+LogKernelOfEdges = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class KernelLogits(EdgeLogits):
-    """Log kernel and magnitudes. A subclass defines the kernel, of all pairs and of given ones.
+    """Log kernel and magnitudes. A subclass defines the kernel, of all pairs and of edges.
 
     Args:
         num_heads: Each head has a kernel of its own.
@@ -70,15 +72,23 @@ class KernelLogits(EdgeLogits):
         """
         raise TypeError(f"{type(self).__name__} must define log_kernel")
 
-    def log_kernel_of_pairs(
-        self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
-    ) -> Float[Tensor, "*_batch pair"]:
-        """Logarithm of the kernel of each query with the key in its place, up to a constant.
+    def log_kernel_of_edges(
+        self,
+        query: Float[Tensor, "head query dim"],
+        key: Float[Tensor, "head key dim"],
+        edges: Int[Tensor, "2 edge"],
+    ) -> Float[Tensor, "head edge"]:
+        """Logarithm of the kernel of the pairs that edges join, up to a constant.
+
+        Args:
+            query: In float32 or wider.
+            key: Likewise.
+            edges: Numbers of keys, and of the queries that see them; see :func:`ends_of_edges`.
 
         Raises:
             TypeError: If a subclass does not define it.
         """
-        raise TypeError(f"{type(self).__name__} must define log_kernel_of_pairs")
+        raise TypeError(f"{type(self).__name__} must define log_kernel_of_edges")
 
     def forward(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]
@@ -95,7 +105,7 @@ class KernelLogits(EdgeLogits):
     ) -> Float[Tensor, "head edge"]:
         """The logits of each edge."""
         self.check_parts(query, key)
-        return logits_along_edges(self.log_kernel_of_pairs, self.magnitude, query, key, edges)
+        return logits_along_edges(self.log_kernel_of_edges, self.magnitude, query, key, edges)
 
     def check_parts(self, *parts: Float[Tensor, "..."]) -> None:
         """Refuse queries or keys of other heads or of another width.
@@ -133,7 +143,7 @@ def logits_of_pairs(
 
 
 def logits_along_edges(
-    log_kernel_of_pairs: LogKernel,
+    log_kernel_of_edges: LogKernelOfEdges,
     magnitude: Magnitude | None,
     query: Float[Tensor, "head query dim"],
     key: Float[Tensor, "head key dim"],
@@ -142,25 +152,31 @@ def logits_along_edges(
     """Log kernel and magnitudes of the pairs that edges join, in float32 or wider.
 
     Args:
-        log_kernel_of_pairs: Of each query with the key in its place.
+        log_kernel_of_edges: From queries and keys in float32 or wider, and edges.
         magnitude: Of queries and keys; none if None.
         query: What asks.
         key: What is asked.
         edges: Numbers of keys, and of the queries that see them.
     """
-    sources, targets = edges
     with full_precision(query):
         asking, asked = widened(query), widened(key)
-        # Gathered along the first axis, rows are copied whole.
-        rows = (
-            part.transpose(0, 1).index_select(0, ends).transpose(0, 1)
-            for part, ends in ((asking, targets), (asked, sources))
-        )
-        values = log_kernel_of_pairs(*rows)
+        values = log_kernel_of_edges(asking, asked, edges)
         if magnitude is not None:
-            values = values + magnitude(asking).index_select(1, targets)
-            values = values + magnitude(asked).index_select(1, sources)
+            values = values + magnitude(asking).index_select(1, edges[1])
+            values = values + magnitude(asked).index_select(1, edges[0])
     return values
+
+
+def ends_of_edges(
+    query: Float[Tensor, "head query dim"],
+    key: Float[Tensor, "head key dim"],
+    edges: Int[Tensor, "2 edge"],
+) -> tuple[Float[Tensor, "head edge dim"], Float[Tensor, "head edge dim"]]:
+    """The query and the key of each edge."""
+    # Gathered along the first axis, rows are copied whole.
+    at_target = query.transpose(0, 1).index_select(0, edges[1]).transpose(0, 1)
+    at_source = key.transpose(0, 1).index_select(0, edges[0]).transpose(0, 1)
+    return at_target, at_source
 
 
 def narrowed(values: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

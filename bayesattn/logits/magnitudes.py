@@ -120,7 +120,13 @@ def scaled_squared_norm(
     largest = part.detach().abs().amax(-1, keepdim=True)
     # A multiple of the norm is that of the norm: entries are at most one, and powers stay in range.
     ratios = part.abs() / torch.where(largest == 0, 1.0, largest)
-    mean = ratios.pow(p[..., None] if isinstance(p, Tensor) else p).mean(-1)
+    if isinstance(p, Tensor):
+        # Powers of a tensor have costly gradients; nothing is below the least number but zeros.
+        logarithms = ratios.clamp_min(torch.finfo(part.dtype).tiny).log()
+        powers = (p[..., None] * logarithms).exp()
+    else:
+        powers = ratios.pow(p)
+    mean = powers.mean(-1)
     # The mean is at least one over the width, but of zeros.
     mean = mean.clamp_min(0.5 / part.shape[-1])
     return part.shape[-1] * largest[..., 0].square() * (mean.log() * 2 / p).exp()

@@ -7,7 +7,7 @@ Source:
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_choice, check_count, check_positive
@@ -131,11 +131,14 @@ class SpectralLogits(KernelLogits):
         """Logarithm of the squared kernel of all pairs."""
         return self.kernel.log_kernel(query, key)
 
-    def log_kernel_of_pairs(
-        self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
-    ) -> Float[Tensor, "*_batch pair"]:
-        """Logarithm of the squared kernel of each query with the key in its place."""
-        return self.kernel.log_kernel_of_pairs(query, key)
+    def log_kernel_of_edges(
+        self,
+        query: Float[Tensor, "head query dim"],
+        key: Float[Tensor, "head key dim"],
+        edges: Int[Tensor, "2 edge"],
+    ) -> Float[Tensor, "head edge"]:
+        """Logarithm of the squared kernel of the pairs that edges join."""
+        return self.kernel.log_kernel_of_edges(query, key, edges)
 
     def similarity(
         self, query: Float[Tensor, "*_batch query dim"], key: Float[Tensor, "*_batch key dim"]

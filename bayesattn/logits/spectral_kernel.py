@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.contraction import inner_products
 from bayesattn.kernels.distances import local_distances
-from bayesattn.logits.kernel_logits import start_rate
+from bayesattn.logits.kernel_logits import ends_of_edges, start_rate
 from bayesattn.logits.spectral_features import (
     fourier_features,
     log_of_square,
@@ -123,11 +123,26 @@ class SpectralKernel:
         """Logarithm of the square of all pairs."""
         return self._log_square(query, key, inner_products, local_distances)
 
-    def log_kernel_of_pairs(
-        self, query: Float[Tensor, "*_batch pair dim"], key: Float[Tensor, "*_batch pair dim"]
-    ) -> Float[Tensor, "*_batch pair"]:
-        """Logarithm of the square of each query with the key in its place."""
-        return self._log_square(query, key, _products_in_place, _distances_in_place)
+    def log_kernel_of_edges(
+        self,
+        query: Float[Tensor, "head query dim"],
+        key: Float[Tensor, "head key dim"],
+        edges: Int[Tensor, "2 edge"],
+    ) -> Float[Tensor, "head edge"]:
+        """Logarithm of the square of the pairs that edges join.
+
+        Nodes have features, not edges, of which there are more.
+        """
+
+        def products(asking: Tensor, asked: Tensor) -> Tensor:
+            at_target, at_source = ends_of_edges(asking, asked, edges)
+            return (at_target * at_source).sum(-1)
+
+        def distances(asking: Tensor, asked: Tensor) -> Tensor:
+            at_target, at_source = ends_of_edges(asking, asked, edges)
+            return (at_target - at_source).square().sum(-1)
+
+        return self._log_square(query, key, products, distances)
 
     def _log_square(
         self,
@@ -136,7 +151,7 @@ class SpectralKernel:
         products: Callable[[Tensor, Tensor], Tensor],
         distances: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Of all pairs, or of those in one place, as products and distances are."""
+        """Of all pairs, or of those that edges join, as products and distances are."""
         asking, asked = self._asking(query), self._asked(key)
         similarity = products(asking, asked)
         if self.square == "anchored":
@@ -166,11 +181,3 @@ class SpectralKernel:
 def _half_log_softmax(distances: Tensor, like: Tensor) -> Tensor:
     """Half the logarithm of the softmax's kernel."""
     return -start_rate(like.shape[-1]) * distances / 4
-
-
-def _products_in_place(asking: Tensor, asked: Tensor) -> Tensor:
-    return (asking * asked).sum(-1)
-
-
-def _distances_in_place(query: Tensor, key: Tensor) -> Tensor:
-    return (query - key).square().sum(-1)
