@@ -30,7 +30,7 @@ class Conversion(NamedTuple):
 
     Attributes:
         model: The model; the given one unless it was copied, or is an attention layer itself.
-        report: What each layer became, at what error and cost.
+        report: What was exchanged; of projections, at what error and cost in each layer.
     """
 
     model: nn.Module
@@ -63,7 +63,8 @@ def convert(
             :class:`Separate` to give each head its own again, where they are shared. As they are
             if None.
         normalization: For layers of PyTorch and ours. As it is if None.
-        logits: Likewise.
+        logits: Likewise. Each layer has a copy, of the same random frequencies where there are
+            such; ``reset_parameters`` of the copies draws others. ``DotProduct()`` goes back.
         layers: Names of the layers to convert; all if None.
         copy: Leave the model as it is, and convert a copy.
 
@@ -79,8 +80,10 @@ def convert(
     model = copying.deepcopy(model) if copy else model
     found = _chosen(model, layers)
     modules = {name: layer.module for name, layer in found.items()}
-    report = ConversionReport({})
-    if normalization is not None or logits is not None:
+    exchanged = {name: choices[name] for name in ("normalization", "logits")}
+    exchanged = {name: choice for name, choice in exchanged.items() if choice is not None}
+    report = ConversionReport(exchanged, tuple(found) if exchanged else ())
+    if exchanged:
         modules = {
             name: _with_choices(layer, normalization, logits) for name, layer in found.items()
         }
@@ -89,7 +92,8 @@ def convert(
     if isinstance(projections, Separate) and layers is None:
         found = _sharing(found)
     if projections is not None:
-        modules, report = converted_projections(found, projections)
+        modules, reports = converted_projections(found, projections)
+        report.update(reports)
         model = _replaced(model, found, modules)
     return Conversion(model, report)
 

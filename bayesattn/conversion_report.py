@@ -1,10 +1,11 @@
-"""What sharing projections did to each layer: its error, and what it costs before and after."""
+"""What a conversion did to each layer; of shared projections also its error and its costs."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["ConversionReport", "LayerCost", "LayerReport"]
 
@@ -47,12 +48,27 @@ class LayerReport(NamedTuple):
 
 
 class ConversionReport(dict[str, LayerReport]):
-    """Reports by the layers' names; as text, a table."""
+    """Reports on projections by the layers' names; as text, a table below the other choices.
+
+    Attributes:
+        choices: Of the other axes of attention that were exchanged, what they are now.
+        layers: Names of the layers in which they were.
+    """
+
+    choices: Mapping[str, object]
+    layers: Sequence[str]
+
+    def __init__(self, choices: Mapping[str, object] | None = None, layers: Sequence[str] = ()):
+        super().__init__()
+        self.choices, self.layers = dict(choices or {}), tuple(layers)
 
     def __str__(self) -> str:
-        """The table, with totals."""
-        if not self:
-            return "no projections were exchanged"
+        """The choices, and the table with totals."""
+        names = ", ".join(name or "(model)" for name in self.layers)
+        lines = [f"{axis} = {_named(choice)} in {names}" for axis, choice in self.choices.items()]
+        return "\n".join([*lines, self._table()] if self else lines) or "nothing was exchanged"
+
+    def _table(self) -> str:
         rows = [
             (
                 name or "(model)",
@@ -81,6 +97,12 @@ class ConversionReport(dict[str, LayerReport]):
             )
             for row in table
         )
+
+
+def _named(choice: object) -> str:
+    """A choice in one line."""
+    name = getattr(choice, "__name__", type(choice).__name__)
+    return f"{name}({choice.extra_repr()})" if isinstance(choice, nn.Module) else name
 
 
 def _error(error: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayesattn.alternating_least_squares import Factors
 from bayesattn.argument_checks import check_choice, check_count, check_not_negative, check_type
-from bayesattn.conversion_report import ConversionReport, LayerCost, LayerReport
+from bayesattn.conversion_report import LayerCost, LayerReport
 from bayesattn.factor_starts import START_NAMES
 from bayesattn.factorization import Factorization, factorize, product_errors
 from bayesattn.heads_with_content import heads_apart
@@ -91,7 +91,7 @@ class Separate:
 
 def converted_projections(
     layers: Mapping[str, AttentionLayer], choice: Collaborative | CollaborativeFit | Separate
-) -> tuple[dict[str, nn.Module], ConversionReport]:
+) -> tuple[dict[str, nn.Module], dict[str, LayerReport]]:
     """Exchange the projections of layers, none if any is refused.
 
     Args:
@@ -112,7 +112,7 @@ def converted_projections(
     else:
         fit = CollaborativeFit(choice.width) if isinstance(choice, Collaborative) else choice
         made = dict(_shared(sources, fit))
-    modules, report = {}, ConversionReport()
+    modules, reports = {}, {}
     for name, (new, errors) in made.items():
         source = sources[name]
         before = source.cost()
@@ -122,8 +122,8 @@ def converted_projections(
         else:
             modules[name] = source.exchange.separate(source.module, new)
             after, width = _cost(new, len(new.query_weight)), _width(new)
-        report[name] = LayerReport((source.width, width), *errors, before, after)
-    return modules, report
+        reports[name] = LayerReport((source.width, width), *errors, before, after)
+    return modules, reports
 
 
 class _Source:

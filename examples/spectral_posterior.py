@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds: expected at least 1, got {arguments.seeds}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

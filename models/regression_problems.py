@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bayesattn.argument_checks import check_type
+
 __all__ = ["RegressionProblem", "read_regression"]
 
 
@@ -59,13 +61,30 @@ def read_regression(
         context_mask: Boolean, True where there is one of the context.
 
     Raises:
+        TypeError: If one is no tensor.
         ValueError: If shapes or types do not fit, or there is nothing to attend to.
     """
+    given = {
+        "inputs": inputs,
+        "target": target,
+        "context_inputs": context_inputs,
+        "context_target": context_target,
+        "mask": mask,
+        "context_mask": context_mask,
+    }
+    for name, part in given.items():
+        if part is not None:
+            check_type(name, part, Tensor)
     _check_part("", inputs, target, mask)
     if (context_inputs is None) != (context_target is None):
         raise ValueError("context_inputs and context_target go together, and one of them is None")
     if context_inputs is not None and context_target is not None:
         _check_part("context_", context_inputs, context_target, context_mask)
+        if context_inputs.dtype != inputs.dtype:
+            raise ValueError(
+                f"context_inputs must be of the type of inputs, {inputs.dtype}, got "
+                f"{context_inputs.dtype}"
+            )
         widths = [(*part.shape[:-2], part.shape[-1]) for part in (context_inputs, inputs)]
         if widths[0] != widths[1]:
             raise ValueError(
@@ -93,10 +112,10 @@ def _check_part(prefix: str, inputs: Tensor, target: Tensor | None, mask: Tensor
             f"point, dim), got {inputs.dtype} of shape {tuple(inputs.shape)}"
         )
     shape = tuple(inputs.shape[:-1])
-    if target is not None and (target.shape != shape or not target.is_floating_point()):
+    if target is not None and (target.shape != shape or target.dtype != inputs.dtype):
         raise ValueError(
-            f"{prefix}target must be floating point, one number a point, shape {shape}, got "
-            f"{target.dtype} of shape {tuple(target.shape)}"
+            f"{prefix}target must have one number a point, of type {inputs.dtype} as the inputs "
+            f"and shape {shape}, got {target.dtype} of shape {tuple(target.shape)}"
         )
     if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from bayesattn.conversion import convert
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
-from bayesattn.logits import DotProduct, GaussianLogits
+from bayesattn.logits import DotProduct, GaussianLogits, RationalQuadratic
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.networks import attention_calls, input_moments
 from bayesattn.normalizations import DoublyNormalized
@@ -81,6 +81,22 @@ def test_in_place_changes_the_model_itself(encoder, tokens):
     assert converted is model
     assert isinstance(model.layers[0].self_attn, MultiheadAttention)
     torch.testing.assert_close(model(tokens), expected)
+
+
+def test_the_report_names_other_choices(encoder):
+    """Mutants: the type's name alone, the layers that were left, an empty table below."""
+    model, start = encoder(), RationalQuadratic(HEADS, WIDTH // HEADS, tail=0.5)
+    chosen = {"logits": start, "layers": ["layers.1.self_attn"]}
+    converted, report = convert(model, **chosen)
+    expected = "logits = RationalQuadratic(num_heads=3, dim=4) in layers.1.self_attn"
+    assert str(report) == expected
+    assert (report.layers, dict(report)) == (("layers.1.self_attn",), {})
+    back, report = convert(converted, logits=DotProduct(), projections=FULL)
+    first, *table = str(report).splitlines()
+    assert first == "logits = DotProduct() in layers.0.self_attn, layers.1.self_attn"
+    assert table[0].startswith("layer ")
+    assert table[-1].startswith("all ")
+    assert not isinstance(back.layers[1].self_attn.logits, RationalQuadratic)
 
 
 def test_a_narrow_width_is_as_far_off_as_the_report_says(seeded_layers, generator):

@@ -76,7 +76,7 @@ class _Radial(KernelLogits):
 class RationalQuadratic(_Radial):
     r"""A kernel with a power law's tail: each head learns how heavy, and how fast it falls.
 
-    .. math:: \log \kappa = -\log(1 + a r^2 / 2) / a
+    .. math:: \log \kappa = -\log(1 + a r^2 / 2) / a, \qquad r^2 = \sum_d \lambda_d \delta_d^2
 
     Args:
         num_heads: Each head has a kernel of its own.
@@ -129,6 +129,8 @@ class Matern(_Radial):
     .. math:: \log \kappa = -(1 - w) r^2 / 2 + w \log \kappa_\nu(r), \qquad
         \kappa_{1/2} = e^{-r}, \quad \kappa_{3/2} = (1 + \sqrt 3 r) e^{-\sqrt 3 r}, \quad
         \kappa_{5/2} = (1 + \sqrt 5 r + 5 r^2 / 3) e^{-\sqrt 5 r}
+
+    with :math:`r^2 = \sum_d \lambda_d \delta_d^2`.
 
     Args:
         num_heads: Each head has a kernel of its own.

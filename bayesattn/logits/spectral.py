@@ -64,7 +64,8 @@ class SpectralLogits(KernelLogits):
         second: Likewise, or None if stationary.
 
     Raises:
-        ValueError: If a size or the floor is not positive, or a choice none of these.
+        ValueError: If a size or the floor is not positive, a choice none of these, or the draw of
+            an unbiased square not independent.
 
     Source:
         Song et al. (2021), arXiv:2006.06147.
@@ -90,6 +91,8 @@ class SpectralLogits(KernelLogits):
         if draw is None:
             draw = "independent" if square == "unbiased" else "orthogonal"
         check_choice("draw", draw, FREQUENCY_DRAWS)
+        if square == "unbiased" and draw != "independent":
+            raise ValueError(f"draw must be 'independent' for an unbiased square, got {draw!r}")
         check_positive("floor", floor)
         least = 2 if square == "unbiased" else 1
         self.num_frequencies = check_count("num_frequencies", num_frequencies, least)

@@ -37,6 +37,9 @@ __all__ = ["SpectralMixture"]
 class SpectralMixture(KernelLogits):
     r"""A Gaussian kernel with oscillations, the strengths and frequencies of which heads learn.
 
+    .. math:: \log \kappa(\delta) = -\tfrac12 \sum_d \lambda_d \delta_d^2 + \sum_c A_c
+        \big(e^{-2 \pi^2 \sum_d \sigma_{cd}^2 \delta_d^2} \cos(2 \pi \mu_c \cdot \delta) - 1\big)
+
     Args:
         num_heads: Each head has a kernel of its own.
         dim: Width of queries and keys.

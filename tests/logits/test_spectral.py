@@ -250,6 +250,10 @@ def test_a_seed_means_the_same_frequencies_everywhere(generator):
             "square must be one of 'anchored', 'plain', 'unbiased', got 'rooted'",
         ),
         ({"draw": "halton"}, "draw must be one of 'independent', 'orthogonal', 'quasi'"),
+        (
+            {"square": "unbiased", "draw": "orthogonal"},
+            "draw must be 'independent' for an unbiased square, got 'orthogonal'",
+        ),
         ({"floor": 0.0}, "floor must be a positive number, got 0.0"),
         ({"magnitude": "yes"}, "magnitude must be of type Magnitude or bool, got 'yes'"),
     ],

@@ -363,21 +363,36 @@ def test_arviz_gets_a_name_for_every_axis(name, generator):
     ("arguments", "message"),
     [
         ({"target": None}, "points without a target have nothing to attend to"),
-        ({"target": torch.zeros(3)}, r"target must be .* shape \(7,\), got .* \(3,\)"),
-        ({"target": torch.zeros(7).long()}, "target must be floating point"),
+        ({"target": torch.zeros(3)}, r"target must have .* shape \(7,\), got .* \(3,\)"),
+        (
+            {"target": torch.zeros(7).long()},
+            r"target must have one number a point, of type torch\.float64 .* got torch\.int64",
+        ),
+        ({"inputs": np.zeros((7, 2))}, r"inputs must be of type Tensor, got array"),
+        ({"mask": [True] * 7}, r"mask must be of type Tensor, got \[True"),
         ({"inputs": torch.zeros(7)}, r"inputs must be floating point vectors .* \(7,\)"),
         ({"mask": torch.ones(7)}, "mask must be boolean"),
         ({"context_inputs": torch.zeros(3, DIM)}, "go together, and one of them is None"),
         (
-            {"context_inputs": torch.zeros(3, 5), "context_target": torch.zeros(3)},
+            {
+                "context_inputs": torch.zeros(3, 5, dtype=torch.float64),
+                "context_target": torch.zeros(3, dtype=torch.float64),
+            },
             "as many series and as wide as inputs",
+        ),
+        (
+            {
+                "context_inputs": torch.zeros(3, DIM, dtype=torch.bfloat16),
+                "context_target": torch.zeros(3, dtype=torch.bfloat16),
+            },
+            r"context_inputs must be of the type of inputs, .* got torch\.bfloat16",
         ),
         ({"context_mask": torch.ones(7).bool()}, "context_mask goes with context_inputs"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(arguments, message, generator):
     inputs, target = make_data(generator)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make_model("one set")(**{"inputs": inputs, "target": target} | arguments)
 
 
