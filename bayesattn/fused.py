@@ -23,12 +23,11 @@ from torch import Tensor
 from bayesattn import fused_gradients
 from bayesattn.autocasting import autocast_type
 from bayesattn.folding import folded_attention, folded_logsumexp
+from bayesattn.fused_operators import LOWEST_BIAS
 
 __all__ = ["attention_logsumexp", "attention_with_key_bias", "doubly_normalized_attention"]
 
 Number = float | int
-# What stands for minus infinity where infinities would meet; far below any logit.
-_LOWEST = -1e30
 
 
 def attention_with_key_bias(
@@ -60,13 +59,11 @@ def attention_with_key_bias(
     if not query.numel() or not key.numel():
         return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
     if query.device.type == "cpu" and dropout_p == 0:
-        output = fused_gradients.biased_attention(
-            query, key, value, bias.clamp(min=_LOWEST), factor
-        )
-    else:
-        bias = torch.where(is_live, bias, 0.0)
-        asking, asked, told = (part[None] for part in (query, key, value))
-        output = folded_attention(asking, asked, told, bias[None], factor, float(dropout_p))[0]
+        finite = bias.clamp(min=LOWEST_BIAS)
+        return _unfold(fused_gradients.biased_attention(query, key, value, finite, factor), batch)
+    bias = torch.where(is_live, bias, 0.0)
+    asking, asked, told = (part[None] for part in (query, key, value))
+    output = folded_attention(asking, asked, told, bias[None], factor, float(dropout_p))[0]
     # A mask that is not there costs no copy.
     if key_bias is not None:
         output = torch.where(is_live[..., None], output, 0.0)
@@ -92,7 +89,7 @@ def attention_logsumexp(
     query, key = (_fold(part, batch, 2) for part in (query, key))
     bias, is_live = _folded_bias(key_bias, key, batch)
     if query.device.type == "cpu":
-        finite = None if key_bias is None else bias.clamp(min=_LOWEST)
+        finite = None if key_bias is None else bias.clamp(min=LOWEST_BIAS)
         result = fused_gradients.logsumexp(query.to(bias.dtype), key.to(bias.dtype), finite, factor)
     else:
         bias = torch.where(is_live, bias, 0.0)
@@ -143,8 +140,8 @@ def doubly_normalized_attention(
         query,
         key,
         value,
-        None if query_bias is None else prior.clamp(min=_LOWEST),
-        mask.clamp(min=_LOWEST),
+        None if query_bias is None else prior.clamp(min=LOWEST_BIAS),
+        mask.clamp(min=LOWEST_BIAS),
         factor,
     )
     if key_mask is not None or query_bias is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bayesattn import blockwise
 
 __all__ = [
+    "LOWEST_BIAS",
     "attention_gradient_operator",
     "biased_attention_operator",
     "doubly_normalized_operator",
@@ -22,7 +23,8 @@ __all__ = [
     "logsumexp_operator",
 ]
 
-_LOWEST = -1e30
+# What stands for minus infinity where infinities would meet; far below any logit.
+LOWEST_BIAS = -1e30
 
 
 @torch.library.custom_op("bayesattn::logsumexp", mutates_args=(), device_types="cpu")
@@ -48,8 +50,13 @@ def logsumexp_gradient_operator(
 def biased_attention_operator(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention whose logits have a finite bias for each key, and its logsumexp."""
-    return _flash(query, key, value, key_bias, scale)
+    """Attention whose logits have a finite bias for each key, and its logsumexp.
+
+    Zero where the bias of all keys is the lowest.
+    """
+    output, total = _flash(query, key, value, key_bias, scale)
+    dead = _without_keys(key_bias)
+    return output if dead is None else output.masked_fill_(dead, 0.0), total
 
 
 @torch.library.custom_op("bayesattn::doubly_normalized", mutates_args=(), device_types="cpu")
@@ -67,7 +74,7 @@ def doubly_normalized_operator(
     zero, or very low where a key takes no part.
     """
     mass = blockwise.blockwise_logsumexp(_accurate(key), _accurate(query), query_bias, scale)
-    bias = torch.where(key_bias > _LOWEST, -mass, key_bias)
+    bias = torch.where(key_bias > LOWEST_BIAS, -mass, key_bias)
     return *_flash(query, key, value, bias, scale), bias
 
 
@@ -85,6 +92,8 @@ def attention_gradient_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`bayesattn.blockwise.attention_gradient`."""
+    dead = _without_keys(key_bias)
+    gradient = gradient if dead is None else gradient.masked_fill(dead, 0.0)
     mass = None
     if is_doubly_normalized:
         mass = (total if query_bias is None else total + query_bias).exp()
@@ -101,6 +110,12 @@ def attention_gradient_operator(
     )
     to_query, to_key, to_value = (x.to(query.dtype) for x in (to_query, to_key, to_value))
     return to_query, to_key, to_value, to_key_bias, to_query_bias
+
+
+def _without_keys(key_bias: Tensor) -> Tensor | None:
+    """Which of the batch have no key that takes part, "batch 1 1"; None if all have one."""
+    dead = (key_bias <= LOWEST_BIAS).all(-1)
+    return dead[:, None, None] if dead.any() else None
 
 
 def _accurate(part: Tensor) -> Tensor:
