@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from bayesattn.autocasting import autocast_type
 
-__all__ = ["has_tangent", "inner_products", "inside_transform", "weighted_sums"]
+__all__ = ["has_tangent", "inner_products", "inside_transform", "is_mapped", "weighted_sums"]
 
 # Whether the compiler knows what to make of the question for transforms.
 _IS_TRACEABLE = torch.__version__ >= "2.13"
@@ -47,6 +47,12 @@ def inside_transform() -> bool:
     # PyTorch has no public name for this.
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()  # pyright: ignore[reportAttributeAccessIssue]
     return depth > 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a gradient is taken for many directions at once, as by ``is_grads_batched=``."""
+    # That is an older vmap, which is none of torch.func's transforms.
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def has_tangent(*parts: object) -> bool:

@@ -20,7 +20,7 @@ from bayesattn.attention_choices import LogitsFunction
 from bayesattn.contraction import inside_transform
 from bayesattn.pairwise_logits import logits_of_edges
 
-__all__ = ["check_edges", "edge_softmax", "edge_sums", "edge_weights", "with_self_loops"]
+__all__ = ["check_edges", "edge_softmax", "edge_weights", "with_self_loops"]
 
 
 def edge_weights(
@@ -62,24 +62,6 @@ def edge_softmax(
     exponentials = torch.exp(logits - largest.index_select(1, targets))
     totals = logits.new_zeros(shape).index_add(1, targets, exponentials)
     return exponentials / totals.index_select(1, targets)
-
-
-def edge_sums(
-    weights: Float[Tensor, "head edge"],
-    value: Float[Tensor, "head key dim"],
-    edges: Int[Tensor, "2 edge"],
-    num_queries: int,
-) -> Float[Tensor, "head {num_queries} dim"]:
-    """Sum of the values at the sources under the weights; zeros where no edge leads.
-
-    Sums are as precise as the weights, however many edges a target has; they come in the values'
-    type.
-    """
-    sources, targets = edges
-    # Gathered along the first axis, rows are copied whole.
-    terms = weights.mT[..., None] * value.transpose(0, 1).index_select(0, sources)
-    sums = terms.new_zeros(num_queries, *terms.shape[1:]).index_add(0, targets, terms)
-    return sums.to(value.dtype).transpose(0, 1)
 
 
 def with_self_loops(edges: Int[Tensor, "2 edge"], num_nodes: int) -> Int[Tensor, "2 _edge"]:

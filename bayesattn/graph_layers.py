@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesattn.attention_choices import LogitsFunction, own_choice
-from bayesattn.edges import edge_sums, edge_weights
+from bayesattn.edge_contractions import edge_sums
+from bayesattn.edges import edge_weights
 from bayesattn.logits import ConditionalLogits, Logits
 from bayesattn.pairwise_logits import check_pairwise
 

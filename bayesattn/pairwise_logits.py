@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.attention_choices import LogitsFunction
+from bayesattn.edge_contractions import edge_products
 from bayesattn.logits import DotProduct, FactoredLogits, Logits, ReducedLogits
 
 __all__ = ["check_pairwise", "logits_of_edges"]
@@ -61,12 +62,9 @@ def check_pairwise(logits: LogitsFunction | None) -> None:
 
 def _reduced_on_edges(reduced: ReducedLogits, edges: Tensor) -> Tensor:
     sources, targets = edges
-    # Gathered along the first axis, rows are copied whole.
-    query = reduced.query.transpose(0, 1).index_select(0, targets)
     copies = []
     for key, bias in _copies(reduced):
-        gathered = key.transpose(0, 1).index_select(0, sources)
-        values = (query * gathered).sum(-1, dtype=_wide(query)).mT * reduced.scale
+        values = edge_products(reduced.query, key, edges) * reduced.scale
         copies.append(values if bias is None else values + bias.index_select(1, sources))
     values = copies[0] if len(copies) == 1 else torch.stack(copies).logsumexp(0)
     if reduced.query_bias is not None:

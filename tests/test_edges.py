@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bayesattn.edges import check_edges, edge_softmax, edge_sums, edge_weights, with_self_loops
+from bayesattn.edge_contractions import edge_sums
+from bayesattn.edges import check_edges, edge_softmax, edge_weights, with_self_loops
 from bayesattn.functional import attention, attention_weights
 from bayesattn.logits import AdditiveLogits, DotProduct, GaussianLogits
 from tests.compilation import in_one_graph

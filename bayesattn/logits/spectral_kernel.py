@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayesattn.contraction import inner_products
+from bayesattn.edge_contractions import edge_products
 from bayesattn.kernels.distances import local_distances
 from bayesattn.logits.kernel_logits import ends_of_edges, start_rate
 from bayesattn.logits.spectral_features import (
@@ -135,8 +136,7 @@ class SpectralKernel:
         """
 
         def products(asking: Tensor, asked: Tensor) -> Tensor:
-            at_target, at_source = ends_of_edges(asking, asked, edges)
-            return (at_target * at_source).sum(-1)
+            return edge_products(asking, asked, edges)
 
         def distances(asking: Tensor, asked: Tensor) -> Tensor:
             at_target, at_source = ends_of_edges(asking, asked, edges)

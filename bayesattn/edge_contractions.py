@@ -1,0 +1,138 @@
+r"""Inner products along the edges of a graph, and sums over the edges of each target.
+
+.. math:: p_e = q_{t_e} \cdot k_{s_e}, \qquad o_i = \sum_{e:\, t_e = i} a_e v_{s_e}
+
+Each is the other's gradient. On the CPU both go through the edges by blocks that its cache holds,
+which is several times faster than to gather for all edges at once and keep that for the gradient.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import Function
+
+from bayesattn.contraction import has_tangent, inside_transform, is_mapped
+
+__all__ = ["edge_products", "edge_sums"]
+
+# Numbers that are gathered at once.
+_BLOCK_ENTRIES = 2**18
+
+
+def edge_products(
+    query: Float[Tensor, "head query dim"],
+    key: Float[Tensor, "head key dim"],
+    edges: Int[Tensor, "2 edge"],
+) -> Float[Tensor, "head edge"]:
+    """Inner products of the target and the source of each edge, in float32 or wider.
+
+    Args:
+        query: At the targets.
+        key: At the sources.
+        edges: Numbers of keys, and of the queries that see them.
+    """
+    return _products(query.transpose(0, 1), key.transpose(0, 1), edges).mT
+
+
+def edge_sums(
+    weights: Float[Tensor, "head edge"],
+    value: Float[Tensor, "head key dim"],
+    edges: Int[Tensor, "2 edge"],
+    num_queries: int,
+) -> Float[Tensor, "head {num_queries} dim"]:
+    """Sum of the values at the sources under the weights; zeros where no edge leads.
+
+    Sums are as precise as the weights, however many edges a target has; they come in the values'
+    type.
+    """
+    sums = _sums(weights.mT, value.transpose(0, 1), edges, num_queries)
+    return sums.to(value.dtype).transpose(0, 1)
+
+
+# --- Here nodes and edges come first: gathered along the first axis, rows are copied whole ------
+
+
+def _products(query: Tensor, key: Tensor, edges: Tensor) -> Tensor:
+    if _goes_by_blocks(query, key):
+        return _EdgeProducts.apply(query, key, edges)  # pyright: ignore[reportReturnType]
+    return _inner(query.index_select(0, edges[1]), key.index_select(0, edges[0]))
+
+
+def _sums(weights: Tensor, value: Tensor, edges: Tensor, num_targets: int) -> Tensor:
+    if _goes_by_blocks(weights, value):
+        return _EdgeSums.apply(weights, value, edges, num_targets)  # pyright: ignore[reportReturnType]
+    terms = weights[..., None] * value.index_select(0, edges[0])
+    return terms.new_zeros(num_targets, *terms.shape[1:]).index_add(0, edges[1], terms)
+
+
+class _EdgeProducts(Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, edges: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, edges)
+        query, key = query.contiguous(), key.contiguous()
+        blocks = [
+            _inner(query.index_select(0, targets), key.index_select(0, sources))
+            for sources, targets, _ in _blocks(edges, query)
+        ]
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        query, key, edges = ctx.saved_tensors
+        to_query = to_key = None
+        if ctx.needs_input_grad[0]:
+            to_query = _sums(gradient, key, edges, len(query)).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            to_key = _sums(gradient, query, edges.flip(0), len(key)).to(key.dtype)
+        return to_query, to_key, None
+
+
+class _EdgeSums(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, value: Tensor, edges: Tensor, num_targets: int
+    ) -> Tensor:
+        ctx.save_for_backward(weights, value, edges)
+        dtype = torch.promote_types(weights.dtype, value.dtype)
+        value = value.contiguous()
+        sums = value.new_zeros(num_targets, *value.shape[1:], dtype=dtype)
+        for sources, targets, block in _blocks(edges, value):
+            sums.index_add_(0, targets, weights[block, :, None] * value.index_select(0, sources))
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        weights, value, edges = ctx.saved_tensors
+        to_weights = to_value = None
+        if ctx.needs_input_grad[0]:
+            to_weights = _products(gradient, value, edges).to(weights.dtype)
+        if ctx.needs_input_grad[1]:
+            to_value = _sums(weights, gradient, edges.flip(0), len(value)).to(value.dtype)
+        return to_weights, to_value, None, None
+
+
+def _goes_by_blocks(*parts: Tensor) -> bool:
+    """Whether to; elsewhere, and where PyTorch looks on, single large operations are better."""
+    if torch.compiler.is_compiling() or inside_transform() or has_tangent(*parts):
+        return False
+    return all(
+        part.device.type == "cpu" and not (is_fake(part) or is_mapped(part)) for part in parts
+    )
+
+
+def _blocks(edges: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Sources and targets of some edges at a time, one block at least, and which these are."""
+    width = nodes.shape[1] * nodes.shape[2]
+    size = max(1, _BLOCK_ENTRIES // max(1, width))
+    for first in range(0, max(1, edges.shape[1]), size):
+        block = slice(first, first + size)
+        yield edges[0, block], edges[1, block], block
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products of rows, in float32 or wider."""
+    return (one * other).sum(-1, dtype=torch.promote_types(one.dtype, torch.float32))
