@@ -70,7 +70,7 @@ def logsumexp_gradient(
 ]:
     """Gradients of :func:`blockwise_logsumexp` with regard to query, key and key bias."""
     # Sums over blocks gather faster with the long axis last.
-    to_query, to_key = torch.empty_like(query), torch.zeros_like(key.mT)
+    to_query, to_key = query.new_empty(query.shape), key.new_zeros(key.mT.shape)
     to_bias = key.new_zeros(key.shape[:2])
     for batch, blocks in _groups(query, key):
         bias, total = _of(key_bias, batch), logsumexp[batch]
@@ -125,8 +125,8 @@ def attention_gradient(
         Gradients of query, key, value, key bias (zeros if it comes from the logits), and query bias
         :math:`a` (zeros if there is none).
     """
-    to_value, to_bias = torch.empty_like(value), key.new_zeros(key.shape[:2])
-    to_query, to_key = torch.zeros_like(query.mT), torch.empty_like(key)
+    to_value, to_bias = value.new_empty(value.shape), key.new_zeros(key.shape[:2])
+    to_query, to_key = query.new_zeros(query.mT.shape), key.new_empty(key.shape)
     to_query_bias = query.new_zeros(query.shape[:2])
     for batch, blocks in _groups(key, query, num_buffers=2):
         left, right = _with_bias(

@@ -82,7 +82,7 @@ def convert(
     modules = {name: layer.module for name, layer in found.items()}
     exchanged = {name: choices[name] for name in ("normalization", "logits")}
     exchanged = {name: choice for name, choice in exchanged.items() if choice is not None}
-    report = ConversionReport(exchanged, tuple(found) if exchanged else ())
+    report = ConversionReport(choices=exchanged, layers=tuple(found) if exchanged else ())
     if exchanged:
         modules = {
             name: _with_choices(layer, normalization, logits) for name, layer in found.items()

@@ -51,15 +51,21 @@ class ConversionReport(dict[str, LayerReport]):
     """Reports on projections by the layers' names; as text, a table below the other choices.
 
     Attributes:
-        choices: Of the other axes of attention that were exchanged, what they are now.
+        choices: For the other axes of attention that were exchanged, what was given for them.
         layers: Names of the layers in which they were.
     """
 
     choices: Mapping[str, object]
     layers: Sequence[str]
 
-    def __init__(self, choices: Mapping[str, object] | None = None, layers: Sequence[str] = ()):
-        super().__init__()
+    def __init__(
+        self,
+        reports: Mapping[str, LayerReport] | None = None,
+        *,
+        choices: Mapping[str, object] | None = None,
+        layers: Sequence[str] = (),
+    ):
+        super().__init__(reports or {})
         self.choices, self.layers = dict(choices or {}), tuple(layers)
 
     def __str__(self) -> str:

@@ -24,31 +24,44 @@ _BLOCK_ENTRIES = 2**18
 
 
 def edge_products(
-    query: Float[Tensor, "head query dim"],
-    key: Float[Tensor, "head key dim"],
+    query: Float[Tensor, "#head query dim"],
+    key: Float[Tensor, "#head key dim"],
     edges: Int[Tensor, "2 edge"],
 ) -> Float[Tensor, "head edge"]:
-    """Inner products of the target and the source of each edge, in float32 or wider.
+    """Inner products of the target and the source of each edge.
 
     Args:
         query: At the targets.
-        key: At the sources.
+        key: At the sources; one head may go with many.
         edges: Numbers of keys, and of the queries that see them.
+
+    Returns:
+        In the order of the edges, in float32 or wider.
     """
-    return _products(query.transpose(0, 1), key.transpose(0, 1), edges).mT
+    heads = max(len(query), len(key))
+    query, key = (part.expand(heads, -1, -1).transpose(0, 1) for part in (query, key))
+    return _products(query, key, edges).mT
 
 
 def edge_sums(
-    weights: Float[Tensor, "head edge"],
-    value: Float[Tensor, "head key dim"],
+    weights: Float[Tensor, "#head edge"],
+    value: Float[Tensor, "#head key dim"],
     edges: Int[Tensor, "2 edge"],
     num_queries: int,
 ) -> Float[Tensor, "head {num_queries} dim"]:
     """Sum of the values at the sources under the weights; zeros where no edge leads.
 
-    Sums are as precise as the weights, however many edges a target has; they come in the values'
-    type.
+    Args:
+        weights: In the order of the edges.
+        value: At the sources; one head may go with many.
+        edges: Numbers of keys, and of the queries that see them.
+        num_queries: How many targets there are.
+
+    Returns:
+        As precise as the weights, however many edges a target has, and in the values' type.
     """
+    heads = max(len(weights), len(value))
+    weights, value = weights.expand(heads, -1), value.expand(heads, -1, -1)
     sums = _sums(weights.mT, value.transpose(0, 1), edges, num_queries)
     return sums.to(value.dtype).transpose(0, 1)
 
@@ -58,13 +71,15 @@ def edge_sums(
 
 def _products(query: Tensor, key: Tensor, edges: Tensor) -> Tensor:
     if _goes_by_blocks(query, key):
-        return _EdgeProducts.apply(query, key, edges)  # pyright: ignore[reportReturnType]
+        products: Any = _EdgeProducts.apply(query, key, edges)
+        return products
     return _inner(query.index_select(0, edges[1]), key.index_select(0, edges[0]))
 
 
 def _sums(weights: Tensor, value: Tensor, edges: Tensor, num_targets: int) -> Tensor:
     if _goes_by_blocks(weights, value):
-        return _EdgeSums.apply(weights, value, edges, num_targets)  # pyright: ignore[reportReturnType]
+        sums: Any = _EdgeSums.apply(weights, value, edges, num_targets)
+        return sums
     terms = weights[..., None] * value.index_select(0, edges[0])
     return terms.new_zeros(num_targets, *terms.shape[1:]).index_add(0, edges[1], terms)
 
@@ -135,4 +150,5 @@ def _blocks(edges: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor, slic
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     """Inner products of rows, in float32 or wider."""
-    return (one * other).sum(-1, dtype=torch.promote_types(one.dtype, torch.float32))
+    products = one * other
+    return products.sum(-1, dtype=torch.promote_types(products.dtype, torch.float32))

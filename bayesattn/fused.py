@@ -59,7 +59,7 @@ def attention_with_key_bias(
     if not query.numel() or not key.numel():
         return _unfold(query.new_zeros(*query.shape[:2], value.shape[-1]), batch)
     if query.device.type == "cpu" and dropout_p == 0:
-        finite = bias.clamp(min=LOWEST_BIAS)
+        finite = _finite(bias)
         return _unfold(fused_gradients.biased_attention(query, key, value, finite, factor), batch)
     bias = torch.where(is_live, bias, 0.0)
     asking, asked, told = (part[None] for part in (query, key, value))
@@ -89,7 +89,7 @@ def attention_logsumexp(
     query, key = (_fold(part, batch, 2) for part in (query, key))
     bias, is_live = _folded_bias(key_bias, key, batch)
     if query.device.type == "cpu":
-        finite = None if key_bias is None else bias.clamp(min=LOWEST_BIAS)
+        finite = None if key_bias is None else _finite(bias)
         result = fused_gradients.logsumexp(query.to(bias.dtype), key.to(bias.dtype), finite, factor)
     else:
         bias = torch.where(is_live, bias, 0.0)
@@ -140,7 +140,7 @@ def doubly_normalized_attention(
         query,
         key,
         value,
-        None if query_bias is None else prior.clamp(min=LOWEST_BIAS),
+        None if query_bias is None else _finite(prior),
         mask.clamp(min=LOWEST_BIAS),
         factor,
     )
@@ -171,6 +171,11 @@ def _folded_bias(
         return bias, is_live
     bias = _fold(bias.to(torch.promote_types(like.dtype, torch.float32)), batch, 1)
     return bias, (bias > -torch.inf).any(-1, keepdim=True)
+
+
+def _finite(bias: Tensor) -> Tensor:
+    """The lowest bias for minus infinity, and more for all that is finite."""
+    return torch.where(bias > -torch.inf, bias.clamp(min=LOWEST_BIAS / 2), LOWEST_BIAS)
 
 
 def _fold(part: Tensor, batch: tuple[int, ...], num_axes: int) -> Tensor:

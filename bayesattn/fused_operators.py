@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayesattn import blockwise
+from bayesattn.autocasting import full_precision
 
 __all__ = [
     "LOWEST_BIAS",
@@ -23,14 +24,16 @@ __all__ = [
     "logsumexp_operator",
 ]
 
-# What stands for minus infinity where infinities would meet; far below any logit.
+# What stands for minus infinity where infinities would meet; far below any logit. What is finite
+# stays above it, as far down as it may be.
 LOWEST_BIAS = -1e30
 
 
 @torch.library.custom_op("bayesattn::logsumexp", mutates_args=(), device_types="cpu")
 def logsumexp_operator(query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
     """Logsumexp of each query's logits; see :func:`bayesattn.blockwise.blockwise_logsumexp`."""
-    return blockwise.blockwise_logsumexp(query, key, key_bias, scale)
+    with full_precision(query):
+        return blockwise.blockwise_logsumexp(query, key, key_bias, scale)
 
 
 @torch.library.custom_op("bayesattn::logsumexp_gradient", mutates_args=(), device_types="cpu")
@@ -43,7 +46,8 @@ def logsumexp_gradient_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`bayesattn.blockwise.logsumexp_gradient`."""
-    return blockwise.logsumexp_gradient(gradient, query, key, key_bias, total, scale)
+    with full_precision(query):
+        return blockwise.logsumexp_gradient(gradient, query, key, key_bias, total, scale)
 
 
 @torch.library.custom_op("bayesattn::biased_attention", mutates_args=(), device_types="cpu")
@@ -73,9 +77,10 @@ def doubly_normalized_operator(
     ``query_bias`` counts in the first normalization, over queries; ``key_bias`` is for masks only:
     zero, or very low where a key takes no part.
     """
-    mass = blockwise.blockwise_logsumexp(_accurate(key), _accurate(query), query_bias, scale)
+    with full_precision(query):
+        mass = blockwise.blockwise_logsumexp(_accurate(key), _accurate(query), query_bias, scale)
     bias = torch.where(key_bias > LOWEST_BIAS, -mass, key_bias)
-    return *_flash(query, key, value, bias, scale), bias
+    return *_flash(query, key, value, bias, scale), bias.contiguous()
 
 
 @torch.library.custom_op("bayesattn::attention_gradient", mutates_args=(), device_types="cpu")
@@ -97,17 +102,18 @@ def attention_gradient_operator(
     mass = None
     if is_doubly_normalized:
         mass = (total if query_bias is None else total + query_bias).exp()
-    to_query, to_key, to_value, to_key_bias, to_query_bias = blockwise.attention_gradient(
-        _accurate(gradient),
-        _accurate(query),
-        _accurate(key),
-        _accurate(value),
-        key_bias,
-        _accurate(output),
-        total,
-        mass,
-        scale,
-    )
+    with full_precision(query):
+        to_query, to_key, to_value, to_key_bias, to_query_bias = blockwise.attention_gradient(
+            _accurate(gradient),
+            _accurate(query),
+            _accurate(key),
+            _accurate(value),
+            key_bias,
+            _accurate(output),
+            total,
+            mass,
+            scale,
+        )
     to_query, to_key, to_value = (x.to(query.dtype) for x in (to_query, to_key, to_value))
     return to_query, to_key, to_value, to_key_bias, to_query_bias
 
@@ -124,14 +130,18 @@ def _accurate(part: Tensor) -> Tensor:
 
 
 def _padded(part: Tensor, width: int) -> Tensor:
-    return part if part.shape[-1] == width else F.pad(part, (0, width - part.shape[-1]))
+    """Rows of a width, whose numbers lie side by side."""
+    if part.shape[-1] != width:
+        return F.pad(part, (0, width - part.shape[-1]))
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     width = max(query.shape[-1], value.shape[-1])
-    # PyTorch's kernel wants one width; columns of zeros change nothing.
+    # PyTorch's kernel wants one width, for which columns of zeros change nothing, and takes rows for
+    # contiguous without a look.
     parts = [_padded(part, width)[:, None] for part in (query, key, value)]
     output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *parts, attn_mask=key_bias[:, None, None], scale=scale
@@ -151,7 +161,7 @@ def _(query: Tensor, _key: Tensor, _bias: Tensor | None, _scale: float) -> Tenso
 def _(
     _gradient: Tensor, query: Tensor, key: Tensor, _bias: Tensor | None, _total: Tensor, _s: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), key.new_empty(key.shape[:2])
+    return query.new_empty(query.shape), key.new_empty(key.shape), key.new_empty(key.shape[:2])
 
 
 @biased_attention_operator.register_fake
@@ -170,7 +180,7 @@ def _(
     key_bias: Tensor,
     _scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_empty_results(query, value, key_bias), torch.empty_like(key_bias)
+    return *_empty_results(query, value, key_bias), key_bias.new_empty(key_bias.shape)
 
 
 @attention_gradient_operator.register_fake
@@ -186,8 +196,9 @@ def _(
     _is_doubly_normalized: bool,
     _scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    to_query, to_key, to_value = (torch.empty_like(part) for part in (query, key, value))
-    return to_query, to_key, to_value, torch.empty_like(key_bias), torch.empty_like(total)
+    to_query, to_key, to_value = (part.new_empty(part.shape) for part in (query, key, value))
+    to_key_bias, to_query_bias = key_bias.new_empty(key_bias.shape), total.new_empty(total.shape)
+    return to_query, to_key, to_value, to_key_bias, to_query_bias
 
 
 def _empty_results(query: Tensor, value: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bayesattn.conversion import convert
+from bayesattn.conversion_report import ConversionReport
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
 from bayesattn.logits import DotProduct, GaussianLogits, RationalQuadratic
 from bayesattn.multihead import MultiheadAttention
@@ -97,6 +98,15 @@ def test_the_report_names_other_choices(encoder):
     assert table[0].startswith("layer ")
     assert table[-1].startswith("all ")
     assert not isinstance(back.layers[1].self_attn.logits, RationalQuadratic)
+
+
+def test_the_report_names_functions_and_the_model_itself(seeded_layers):
+    def halved(query, key):
+        return query @ key.mT / 2
+
+    _, report = convert(MultiheadAttention(WIDTH, HEADS), logits=halved)
+    assert str(report) == "logits = halved in (model)"
+    assert str(ConversionReport()) == "nothing was exchanged"
 
 
 def test_a_narrow_width_is_as_far_off_as_the_report_says(seeded_layers, generator):

@@ -40,6 +40,17 @@ def test_both_are_those_of_dense_matrices(parts):
     close(edge_sums(weights, value, edges, QUERIES), dense @ value)
 
 
+def test_one_head_goes_with_many(parts):
+    query, key, value, weights, edges = parts
+    close(edge_products(query, key[:1], edges)[1:], edge_products(query[1:], key[:1], edges))
+    close(edge_products(query[:1], key, edges)[1:], edge_products(query[:1], key[1:], edges))
+    ones, others = value[:1].requires_grad_(), weights.requires_grad_()
+    sums = edge_sums(others, ones, edges, QUERIES)
+    close(sums[1:], edge_sums(others[1:], ones, edges, QUERIES))
+    (slope,) = torch.autograd.grad(sums.sum(), ones)
+    close(slope.sum(), others.sum() * DIM)
+
+
 @pytest.mark.usefixtures("_block")
 def test_first_and_second_derivatives(parts):
     query, key, value, weights, edges = (
@@ -64,15 +75,18 @@ def test_only_what_is_asked_has_a_gradient(parts):
 
 
 @pytest.mark.parametrize("transform", ["vmap", "forward mode", "recorded"])
-def test_single_operations_give_the_same(parts, transform):
+def test_single_operations_give_the_same(parts, transform, monkeypatch):
     """Where PyTorch looks on there are no blocks. Mutants: another order of axes or ends there."""
     query, key, value, weights, edges = parts
+    going, blocks = [], edge_contractions._blocks
+    monkeypatch.setattr(edge_contractions, "_blocks", lambda *a: going.append(1) or blocks(*a))
 
     def both(query, key, value, weights, edges=edges):
         return edge_products(query, key, edges), edge_sums(weights, value, edges, QUERIES)
 
     given = (query, key, value, weights)
     expected = both(*given)
+    assert len(going) == 2
     if transform == "vmap":
         found = [part[0] for part in torch.func.vmap(both)(*(part[None] for part in given))]
     elif transform == "recorded":
@@ -82,7 +96,12 @@ def test_single_operations_give_the_same(parts, transform):
     else:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(part, torch.ones_like(part)) for part in given]
-            found = [forward_ad.unpack_dual(part).primal for part in both(*duals)]
+            found, slopes = zip(*map(forward_ad.unpack_dual, both(*duals)), strict=True)
+        more, less = (both(*(part + step for part in given)) for step in (1e-4, -1e-4))
+        for slope, high, low in zip(slopes, more, less, strict=True):
+            close(slope, (high - low) / 2e-4)
+        del going[-4:]
+    assert len(going) == 2
     for one, other in zip(found, expected, strict=True):
         close(one, other)
 
@@ -92,9 +111,19 @@ def test_narrow_types_add_in_single_precision():
     ones = torch.ones(1, 1, 1000, dtype=torch.bfloat16)
     found = edge_products(ones, ones, torch.zeros(2, 1, dtype=torch.int64))
     assert (found.item(), found.dtype) == (1000.0, torch.float32)
-    value, edges = torch.ones(1, 1, 1, dtype=torch.bfloat16), torch.zeros(2, 1000).long()
+    value = torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    edges = torch.zeros(2, 1000, dtype=torch.int64)
     sums = edge_sums(torch.ones(1, 1000), value, edges, 1)
     assert (sums.item(), sums.dtype) == (1000.0, torch.bfloat16)
+    (slope,) = torch.autograd.grad(sums, value)
+    assert (slope.item(), slope.dtype) == (1000.0, torch.bfloat16)
+
+
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_two_types_give_the_wider(narrow, parts):
+    ends = list(parts[:2])
+    ends[narrow] = ends[narrow].float()
+    assert edge_products(*ends, parts[4]).dtype == torch.float64
 
 
 def test_without_edges(parts):
@@ -103,3 +132,6 @@ def test_without_edges(parts):
     assert edge_products(query, key, none).shape == (HEADS, 0)
     sums = edge_sums(weights[:, :0], value, none, QUERIES)
     close(sums, torch.zeros(HEADS, QUERIES, DIM))
+    query.requires_grad_()
+    (slope,) = torch.autograd.grad(edge_products(query, key, none).sum(), query)
+    close(slope, torch.zeros_like(query))

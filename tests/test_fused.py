@@ -96,7 +96,7 @@ def test_forbidden_keys(generator):
     with_hole[..., 2] = -torch.inf
     with_hole[0, 0] = -torch.inf
     kept = [0, 1, 3, 4, 5, 6]
-    query.requires_grad_()
+    parts = [part.requires_grad_() for part in (query, key, value, with_hole)]
     output = attention_with_key_bias(query, key, value, with_hole)
     total = attention_logsumexp(query, key, with_hole)
     less = [part[..., kept, :] for part in (key, value)]
@@ -106,13 +106,61 @@ def test_forbidden_keys(generator):
     assert (output[0, 0] == 0).all()
     assert (total[0, 0] == -torch.inf).all()
     with torch.autograd.set_detect_anomaly(True):
-        slopes = torch.autograd.grad(output.sum() + total[1].sum(), query)[0]
-    assert slopes.isfinite().all()
-    assert (slopes[0, 0] == 0).all()
-    doubly = doubly_normalized_attention(query, key, value, None, with_hole)
+        slopes = torch.autograd.grad(output.sin().sum() + total[1].sum(), parts)
+    assert all(slope.isfinite().all() for slope in slopes)
+    assert all((slope[0, 0] == 0).all() for slope in slopes)
+    doubly = doubly_normalized_attention(query, key, value, None, with_hole.detach())
+    slopes = torch.autograd.grad(doubly.sin().sum(), parts[:3])
+    assert all((slope[0, 0] == 0).all() for slope in slopes)
     again = doubly_normalized_attention(query, *less)
     torch.testing.assert_close(doubly[1], again[1])
     assert (doubly[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("lowest", [-1e30, -1e38, torch.finfo(torch.float32).min])
+def test_finite_biases_forbid_nothing_by_themselves(lowest, generator):
+    """All keys as low as can be are all alike, as a softmax has it; one of them is all there is."""
+    query, key, value, bias = (part.float() for part in operands(generator))
+    query.requires_grad_()
+    alike = attention_with_key_bias(query, key, value, torch.full_like(bias, lowest))
+    torch.testing.assert_close(alike, value.mean(-2, keepdim=True).expand_as(alike))
+    alone = torch.full_like(bias, -torch.inf)
+    alone[..., 3] = lowest
+    found = attention_with_key_bias(query, key, value, alone)
+    torch.testing.assert_close(found, value[..., 3:4, :].expand_as(found))
+    # Dropped weights are of a key that is there, or of none.
+    without = attention_with_key_bias(query, key, value, torch.full_like(bias, -torch.inf))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dropped = attention_with_key_bias(
+            query, key, value, torch.full_like(bias, -torch.inf), dropout_p=0.5
+        )
+    assert (torch.stack([without, dropped]) == 0).all()
+
+
+def test_parts_may_lie_in_memory_as_they_please(generator):
+    """Mutant: a kernel that takes what stands beside a number in memory for the next of its row."""
+    *parts, bias = operands(generator)
+    expected = attention_with_key_bias(*parts, bias)
+    turned = [part.mT.contiguous().mT for part in parts]
+    torch.testing.assert_close(attention_with_key_bias(*turned, bias), expected)
+    wide = [part.repeat_interleave(2, -1)[..., ::2] for part in parts]
+    torch.testing.assert_close(attention_with_key_bias(*wide, bias), expected)
+    doubly = [doubly_normalized_attention(*some) for some in (parts, turned, wide)]
+    torch.testing.assert_close(doubly[1:], doubly[:1] * 2)
+
+
+@pytest.mark.parametrize("function", [attention_with_key_bias, doubly_normalized_attention])
+def test_a_gradient_under_autocast_loses_no_digits(function, generator):
+    """Where the forward pass was not under it."""
+    parts = [part.float().requires_grad_() for part in operands(generator)[:3]]
+    biased = parts[0] if function is doubly_normalized_attention else parts[1]
+    parts.append(biased.detach()[..., 0].requires_grad_())
+    loss = function(*parts).sin().sum()
+    expected = torch.autograd.grad(loss, parts, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, parts)
+    torch.testing.assert_close(found, expected)
 
 
 def test_nothing_to_see(generator):
@@ -221,12 +269,22 @@ def test_dropout_drops_weights(generator):
     assert (dropped.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / 2000**0.5
 
 
-def test_operators_keep_their_contract(generator):
-    """Schemas, fake tensors and tracing, by PyTorch's own check."""
+@pytest.mark.parametrize("is_row_major", [True, False])
+def test_operators_keep_their_contract(is_row_major, generator):
+    """Schemas, fake tensors and tracing, by PyTorch's own check. Mutant: strides of the inputs."""
     query, key, value, bias = (part[0] for part in operands(generator))
+    if not is_row_major:
+        query, key, value = (part.mT.contiguous().mT for part in (query, key, value))
     from bayesattn import fused_operators as operators
 
     with torch.no_grad():
+        output, total = operators.biased_attention_operator(query, key, value, bias, 0.5)
+        parts = (output.cos(), query, key, value, bias, output, total)
+        for prior in (None, total.sin()):
+            inputs = (*parts, prior, prior is not None, 0.5)
+            torch.library.opcheck(operators.attention_gradient_operator, inputs)
+        inputs = (total.cos(), query, key, bias, total, 0.5)
+        torch.library.opcheck(operators.logsumexp_gradient_operator, inputs)
         torch.library.opcheck(operators.logsumexp_operator, (query, key, bias, 0.5))
         torch.library.opcheck(operators.biased_attention_operator, (query, key, value, bias, 0.5))
         torch.library.opcheck(

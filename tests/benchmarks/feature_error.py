@@ -44,7 +44,7 @@ KERNELS = {
 }
 ATTENTION = {
     "cosines, squared": of_cosines("plain", "orthogonal"),
-    "cosines, unbiased square": of_cosines("unbiased", "orthogonal"),
+    "independent cosines, unbiased square": of_cosines("unbiased", "independent"),
     "exponentials": of_exponentials("orthogonal"),
 }
 

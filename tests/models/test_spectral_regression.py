@@ -368,6 +368,7 @@ def test_arviz_gets_a_name_for_every_axis(name, generator):
             {"target": torch.zeros(7).long()},
             r"target must have one number a point, of type torch\.float64 .* got torch\.int64",
         ),
+        ({"target": torch.zeros(7, dtype=torch.float32)}, r"as the inputs .* got torch\.float32"),
         ({"inputs": np.zeros((7, 2))}, r"inputs must be of type Tensor, got array"),
         ({"mask": [True] * 7}, r"mask must be of type Tensor, got \[True"),
         ({"inputs": torch.zeros(7)}, r"inputs must be floating point vectors .* \(7,\)"),
