@@ -140,8 +140,8 @@ def _flash(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     width = max(query.shape[-1], value.shape[-1])
-    # PyTorch's kernel wants one width, for which columns of zeros change nothing, and takes each row
-    # for contiguous without a look.
+    # PyTorch's kernel wants one width, for which columns of zeros change nothing, and rows whose
+    # numbers lie side by side, which it does not check.
     parts = [_padded(part, width)[:, None] for part in (query, key, value)]
     output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *parts, attn_mask=key_bias[:, None, None], scale=scale
