@@ -209,6 +209,7 @@ def test_hot_plans_compare_means(generator):
         torch.testing.assert_close(found, costs(query, key, "cosine").mean(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["cosine", "squared"])
 def test_cold_plans_are_assignments(cost, generator):
     query, key = torch.randn(2, 12, 3, generator=generator)

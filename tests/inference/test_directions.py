@@ -95,6 +95,7 @@ def test_wgd_needs_a_density(kernel):
         WGD(normal, kernel=Preconditioned(RBF(), torch.eye(1)))
 
 
+@pytest.mark.slow
 def test_chains_of_langevin_dynamics_have_the_posterior_as_their_law():
     """Mutants: noise without the factor two; a drift that the number of particles divides."""
     routine = SGLD(correlated, num_particles=8, step_size=0.02, compile="record")

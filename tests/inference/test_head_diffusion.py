@@ -42,6 +42,7 @@ def sampled(method, drive_of, num_heads, generator, *, alpha=1.0, dim=16, system
     return torch.stack(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("num_heads", "langevin"), [(1, 1.0), (2, 1.0), (8, 1.0), (2, 0.1)])
 def test_exact_noise_has_the_posterior_as_its_law(target, num_heads, langevin, generator):
@@ -53,6 +54,7 @@ def test_exact_noise_has_the_posterior_as_its_law(target, num_heads, langevin, g
     assert found.std().item() == pytest.approx(deviation, rel=0.035)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("langevin", "expected"), [(1.0, 0.7071), (0.1, 0.3015)])
 def test_published_noise_is_too_narrow_by_what_theory_says(langevin, expected, generator):
     method = SteinDiffusion(0, RBF(3.0), langevin, noise="paper", preconditioner="none")

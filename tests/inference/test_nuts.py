@@ -49,6 +49,7 @@ def run(nuts, *args, warmup_steps=30, num_samples=30, seed=0, **kwargs):
 # ---------------------------------------------------------------- draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"full_mass": True}, {"coordinates": "laplace"}],
@@ -116,6 +117,7 @@ def test_trees_end_at_the_largest_depth():
     assert (stats["n_steps"] == 1).all()
 
 
+@pytest.mark.slow
 def test_warmup_meets_the_acceptance_that_is_asked_for():
     gentle = run(NUTS(gaussian, target_accept_prob=0.95), warmup_steps=80, num_samples=60)
     rough = run(NUTS(gaussian, target_accept_prob=0.6), warmup_steps=80, num_samples=60)

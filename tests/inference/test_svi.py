@@ -155,6 +155,7 @@ def test_delta_is_the_penalized_optimum(generator):
 # ---------------------------------------------------------------- programs of all kinds
 
 
+@pytest.mark.slow
 def test_minibatches_meet_the_full_posterior(generator):
     data = 1 + torch.randn(500, generator=generator)
 
@@ -262,12 +263,14 @@ def two_modes():
     pyro.factor("modes", torch.logaddexp(-8 * (x - 4) ** 2, -8 * (x + 4) ** 2))
 
 
+@pytest.mark.slow
 def test_runs_that_disagree_are_warned_of():
     with pytest.warns(ConvergenceWarning, match=r"^SVI: the 4 runs disagree.*\d, at site 'x'"):
         posterior = run(SVI(two_modes), num_runs=4)
     assert len(posterior.attrs["problems"]) == 1
 
 
+@pytest.mark.slow
 def test_runs_that_agree_and_points_are_not_warned_of():
     assert run(SVI(gaussian), num_runs=3).attrs["problems"] == []
     guide = AutoDelta(gaussian)

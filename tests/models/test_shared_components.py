@@ -110,6 +110,7 @@ def test_densities_have_scores(heads, scales, generator):
     torch.testing.assert_close((ahead - behind) / 2, score @ shift, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_width_of_shared_heads_is_inferred(shared):
     """Three of five by a factorized normal law; the factorization itself uses all five."""
     model, fitted = SharedComponents(5), factorize(*shared, 5)

@@ -174,5 +174,6 @@ def test_untrained_guide_misses_the_gate_of_svi(name):
     assert svi_shift(name, 1) > svi_bound(name)
 
 
+@pytest.mark.slow
 def test_svi_in_raw_coordinates_misses_its_gate():
     assert svi_shift("kilpisjarvi", 1000, coordinates="raw") > 1
