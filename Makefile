@@ -33,6 +33,7 @@ bench: .venv/.tests ## Measure speed and memory; beside JAX packages if `pip ins
 	$(BIN)/python -m tests.benchmarks.svgd_speed
 	$(BIN)/python -m tests.benchmarks.svgd_memory
 	$(BIN)/python -m tests.benchmarks.attention_speed
+	$(BIN)/python -m tests.benchmarks.edge_speed
 	$(BIN)/python -m tests.benchmarks.repulsion_speed
 	$(BIN)/python -m tests.benchmarks.alignment_speed
 	$(BIN)/python -m tests.benchmarks.factorization_speed

@@ -7,7 +7,7 @@ Each block is some rows against all columns, small enough for a processor's cach
 rows or columns of a matrix product rides in it as one more column of its factors, so that between
 two products there is one elementwise pass. The gradient of attention, and that of doubly-normalized
 attention too, takes five matrix products and one exponential for each entry: what softmax
-attention's own takes.
+attention's own takes, and products with a vector or two besides.
 
 Plain functions here, on one batch axis and without autograd; :mod:`bayesattn.fused_operators` makes
 operators of them.

@@ -2,8 +2,9 @@ r"""Inner products along the edges of a graph, and sums over the edges of each t
 
 .. math:: p_e = q_{t_e} \cdot k_{s_e}, \qquad o_i = \sum_{e:\, t_e = i} a_e v_{s_e}
 
-Each is the other's gradient. On the CPU both go through the edges by blocks that its cache holds,
-which is several times faster than to gather for all edges at once and keep that for the gradient.
+Each is the other's gradient. On the CPU products go through the edges by blocks that its cache
+holds, and sums are PyTorch's bags of embeddings, rather than that what all edges gather is formed
+and kept for the gradient; see ``tests/benchmarks/edge_speed.py``.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import Function
+from torch.nn import functional as F
 
 from bayesattn.contraction import has_tangent, inside_transform, is_mapped
 
@@ -70,14 +72,14 @@ def edge_sums(
 
 
 def _products(query: Tensor, key: Tensor, edges: Tensor) -> Tensor:
-    if _goes_by_blocks(query, key):
+    if _is_apart(query, key):
         products: Any = _EdgeProducts.apply(query, key, edges)
         return products
     return _inner(query.index_select(0, edges[1]), key.index_select(0, edges[0]))
 
 
 def _sums(weights: Tensor, value: Tensor, edges: Tensor, num_targets: int) -> Tensor:
-    if _goes_by_blocks(weights, value):
+    if _is_apart(weights, value):
         sums: Any = _EdgeSums.apply(weights, value, edges, num_targets)
         return sums
     terms = weights[..., None] * value.index_select(0, edges[0])
@@ -91,7 +93,7 @@ class _EdgeProducts(Function):
         query, key = query.contiguous(), key.contiguous()
         blocks = [
             _inner(query.index_select(0, targets), key.index_select(0, sources))
-            for sources, targets, _ in _blocks(edges, query)
+            for sources, targets in _blocks(edges, query)
         ]
         return torch.cat(blocks)
 
@@ -113,11 +115,18 @@ class _EdgeSums(Function):
     ) -> Tensor:
         ctx.save_for_backward(weights, value, edges)
         dtype = torch.promote_types(weights.dtype, value.dtype)
-        value = value.contiguous()
-        sums = value.new_zeros(num_targets, *value.shape[1:], dtype=dtype)
-        for sources, targets, block in _blocks(edges, value):
-            sums.index_add_(0, targets, weights[block, :, None] * value.index_select(0, sources))
-        return sums
+        order = edges[1].argsort()
+        counts = edges[1].bincount(minlength=num_targets)
+        heads = torch.arange(value.shape[1], device=value.device)[:, None]
+        # For each head its targets, each a bag of rows of the table of all nodes' heads.
+        bags = F.embedding_bag(
+            (edges[0, order] * len(heads) + heads).flatten(),
+            value.to(dtype).flatten(0, 1),
+            (counts.cumsum(0) - counts + len(order) * heads).flatten(),
+            mode="sum",
+            per_sample_weights=weights.to(dtype)[order].mT.flatten(),
+        )
+        return bags.unflatten(0, (len(heads), -1)).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -130,22 +139,21 @@ class _EdgeSums(Function):
         return to_weights, to_value, None, None
 
 
-def _goes_by_blocks(*parts: Tensor) -> bool:
-    """Whether to; elsewhere, and where PyTorch looks on, single large operations are better."""
+def _is_apart(*parts: Tensor) -> bool:
+    """Whether on the CPU, not empty, and nothing looks on; else single operations are better."""
     if torch.compiler.is_compiling() or inside_transform() or has_tangent(*parts):
         return False
     return all(
-        part.device.type == "cpu" and not (is_fake(part) or is_mapped(part)) for part in parts
+        part.device.type == "cpu" and part.numel() and not (is_fake(part) or is_mapped(part))
+        for part in parts
     )
 
 
-def _blocks(edges: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Sources and targets of some edges at a time, one block at least, and which these are."""
-    width = nodes.shape[1] * nodes.shape[2]
-    size = max(1, _BLOCK_ENTRIES // max(1, width))
-    for first in range(0, max(1, edges.shape[1]), size):
-        block = slice(first, first + size)
-        yield edges[0, block], edges[1, block], block
+def _blocks(edges: Tensor, nodes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sources and targets of some edges at a time, one block at least."""
+    size = max(1, _BLOCK_ENTRIES // max(1, nodes.shape[1] * nodes.shape[2]))
+    sources, targets = edges
+    yield from zip(sources.split(size), targets.split(size), strict=True)
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -86,6 +86,15 @@ def test_errors_of_features_fall_with_their_number(tmp_path):
     assert len(list(tmp_path.glob("feature_error_*.png"))) == 2
 
 
+def test_edges_are_timed_beside_gathering_all_at_once():
+    command = [sys.executable, "-m", "tests.benchmarks.edge_speed", "--nodes", "5", "--edges", "9"]
+    command += ["--heads", "2", "--dim", "3", "--rounds", "1", "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name in ("products, at once", "sums, at once", "SpectralLogits"):
+        assert name in done.stdout
+
+
 def test_alignment_is_timed_beside_attention_and_a_training_step():
     command = [sys.executable, "-m", "tests.benchmarks.alignment_speed", "--lengths", "16,32"]
     command += ["--width", "16", "--layers", "1", "--batch", "2", "--tokens", "6"]

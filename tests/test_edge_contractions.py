@@ -1,10 +1,11 @@
-"""Products along edges and sums over them: by dense matrices, in blocks, and their derivatives."""
+"""Products along edges and sums over them: by dense matrices, by blocks, and their derivatives."""
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 from bayesattn import edge_contractions
 from bayesattn.edge_contractions import edge_products, edge_sums
@@ -78,8 +79,9 @@ def test_only_what_is_asked_has_a_gradient(parts):
 def test_single_operations_give_the_same(parts, transform, monkeypatch):
     """Where PyTorch looks on there are no blocks. Mutants: another order of axes or ends there."""
     query, key, value, weights, edges = parts
-    going, blocks = [], edge_contractions._blocks
+    going, blocks, bag = [], edge_contractions._blocks, F.embedding_bag
     monkeypatch.setattr(edge_contractions, "_blocks", lambda *a: going.append(1) or blocks(*a))
+    monkeypatch.setattr(F, "embedding_bag", lambda *a, **k: going.append(1) or bag(*a, **k))
 
     def both(query, key, value, weights, edges=edges):
         return edge_products(query, key, edges), edge_sums(weights, value, edges, QUERIES)
@@ -132,6 +134,9 @@ def test_without_edges(parts):
     assert edge_products(query, key, none).shape == (HEADS, 0)
     sums = edge_sums(weights[:, :0], value, none, QUERIES)
     close(sums, torch.zeros(HEADS, QUERIES, DIM))
+    # PyTorch's bags refuse an empty table.
+    assert edge_sums(weights[:, :0], value[:, :0], none, QUERIES).shape == sums.shape
+    assert edge_sums(weights, value[..., :0], edges, QUERIES).shape == (HEADS, QUERIES, 0)
     query.requires_grad_()
     (slope,) = torch.autograd.grad(edge_products(query, key, none).sum(), query)
     close(slope, torch.zeros_like(query))
