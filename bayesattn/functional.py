@@ -336,6 +336,8 @@ def _check_choices(
     check_route(route)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    if isinstance(logits, type):
+        raise ValueError(f"logits: expected an object, such as {logits.__name__}(), got the class")
     if scale is not None and logits is not None:
         raise ValueError(f"scale: with logits= it belongs to those, got {scale}")
 

@@ -199,6 +199,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError("from_torch: expected plain parameters, got parametrized ones")
         weight = module.out_proj.weight
         shared = getattr(module, "projections", None)
+        if shared is not None and type(logits) is DotProduct:
+            # The shared projections know the scale, and content needs it too.
+            shared = shared if logits.scale is None else shared.with_scale(logits.scale)
+            logits = None
         if shared is not None and shared.key_content is not None and logits is not None:
             raise ValueError(
                 "logits: expected None for heads that share projections with content vectors, "
@@ -443,8 +447,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             shared = self.projections
             value = split_heads(F.linear(value, self.v_proj_weight, self.v_proj_bias), **settings)
             sequences = {"batch_first": self.batch_first}
-            query = shared.queries(batched(query, **sequences), is_scaled=self.logits is None)
+            is_scaled = self.logits is None
+            query = shared.queries(batched(query, **sequences), is_scaled=is_scaled)
             key = shared.keys(batched(key, **sequences))[:, None]
+            if not is_scaled:
+                # Of what the scale is more than the width's, each side of a kernel takes a root.
+                root = (shared.scale * shared.width**0.5).sqrt()
+                query, key = query * root.to(query.dtype), key * root.to(key.dtype)
         if cache is not None:
             key, value = cache.append(key, value)
         if self.projections is not None:

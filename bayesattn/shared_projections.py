@@ -12,6 +12,7 @@ Source:
     takes the new width's; content vectors are scaled with the logits.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -148,6 +149,12 @@ class SharedProjections(nn.Module):
         for content in (self.key_content, self.query_content):
             if content is not None:
                 nn.init.zeros_(content)
+
+    def with_scale(self, scale: float) -> "SharedProjections":
+        """Projections with the very same parameters, under another scale of the logits."""
+        other = copy.copy(self)
+        other.__dict__["_buffers"] = {"scale": torch.full_like(self.scale, scale)}
+        return other
 
     def queries(
         self, tokens: Float[Tensor, "*batch query query_feature"], *, is_scaled: bool = True

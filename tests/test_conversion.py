@@ -10,7 +10,13 @@ from torch import nn
 from bayesattn.conversion import convert
 from bayesattn.conversion_report import ConversionReport
 from bayesattn.encoder import TransformerEncoder, TransformerEncoderLayer
-from bayesattn.logits import DotProduct, GaussianLogits, RationalQuadratic
+from bayesattn.logits import (
+    DotProduct,
+    GaussianLogits,
+    RationalQuadratic,
+    RBFMagnitude,
+    SpectralLogits,
+)
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.networks import attention_calls, input_moments
 from bayesattn.normalizations import DoublyNormalized
@@ -107,6 +113,54 @@ def test_the_report_names_functions_and_the_model_itself(seeded_layers):
     _, report = convert(MultiheadAttention(WIDTH, HEADS), logits=halved)
     assert str(report) == "logits = halved in (model)"
     assert str(ConversionReport()) == "nothing was exchanged"
+
+
+def unbiased_shared_layer():
+    """Heads that share projections wider than a head, under their own scale."""
+    layer = nn.MultiheadAttention(WIDTH, HEADS, bias=False, batch_first=True).eval()
+    return convert(layer, projections=FULL, copy=True).model
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        RBFMagnitude(num_heads=HEADS),
+        RationalQuadratic(HEADS, WIDTH),
+        SpectralLogits(HEADS, WIDTH, 5),
+        DotProduct(),
+    ],
+    ids=lambda start: type(start).__name__,
+)
+def test_shared_heads_keep_their_scale_under_other_logits(start, tokens, seeded_layers):
+    """And give it back. Mutants: the scale of the shared width, or on one side only."""
+    shared = unbiased_shared_layer()
+    expected, _ = shared(tokens, tokens, tokens)
+    other = convert(shared, logits=start, copy=True).model
+    torch.testing.assert_close(other(tokens, tokens, tokens)[0], expected)
+    back = convert(other, logits=DotProduct(), copy=True).model
+    torch.testing.assert_close(back(tokens, tokens, tokens)[0], expected)
+    apart = convert(back, projections=Separate(), copy=True).model
+    torch.testing.assert_close(apart(tokens, tokens, tokens)[0], expected)
+
+
+def test_shared_heads_take_the_scale_that_is_given(tokens, seeded_layers):
+    shared = unbiased_shared_layer()
+    other, _ = convert(shared, logits=DotProduct(scale=0.01))
+    assert other.projections.query_weight is shared.projections.query_weight
+    assert (other.projections.scale, shared.projections.scale) == (0.01, (WIDTH / HEADS) ** -0.5)
+    apart = convert(other, projections=Separate(), copy=True).model
+    weights = other(tokens, tokens, tokens, average_attn_weights=False)[1]
+    query, key = apart.in_proj_weight.chunk(3)[:2]
+    query, key = ((tokens @ w.mT).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in (query, key))
+    torch.testing.assert_close(weights, (0.01 * query @ key.mT).softmax(-1))
+    torch.testing.assert_close(apart(tokens, tokens, tokens)[0], other(tokens, tokens, tokens)[0])
+
+
+def test_content_belongs_to_the_dot_product(encoder, tokens):
+    """Which may be asked for."""
+    shared = convert(encoder(), projections=FULL).model
+    expected = shared(tokens)
+    torch.testing.assert_close(convert(shared, logits=DotProduct()).model(tokens), expected)
 
 
 def test_a_narrow_width_is_as_far_off_as_the_report_says(seeded_layers, generator):

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from bayesattn import contraction
 from bayesattn.functional import attention, attention_weights
+from bayesattn.logits import DotProduct
 from tests import reference
 from tests.compilation import in_one_graph
 
@@ -538,6 +539,8 @@ def test_refuses_what_does_not_go_together(generator):
         attention(query, key, value, logits=negative_distance, route="fused")
     with pytest.raises(ValueError, match="route: expected 'dense' with normalization= that has no"):
         attention(query, key, value, normalization=column_first, route="fused")
+    with pytest.raises(ValueError, match=r"an object, such as DotProduct\(\), got the class"):
+        attention(query, key, value, logits=DotProduct)
     with pytest.raises(ValueError, match=r"scale: with logits= it belongs to those, got 2\.0"):
         attention_weights(query, key, logits=negative_distance, scale=2.0)
     with pytest.raises(ValueError, match=r"one type, got query torch\.float32, key torch\.float64"):

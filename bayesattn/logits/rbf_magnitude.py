@@ -66,6 +66,10 @@ class RBFMagnitude(Logits):
         scale = query.shape[-1] ** -0.5
         return ReducedLogits(query, key, key_bias=self._bias(key), scale=scale)
 
+    def extra_repr(self) -> str:
+        """The start, and the number of heads where they learn."""
+        return self.magnitude.extra_repr()
+
     def _bias(
         self, part: Float[Tensor, "*_batch position _dim"]
     ) -> Float[Tensor, "*_batch position"] | None:

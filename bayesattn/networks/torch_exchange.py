@@ -43,7 +43,11 @@ class MultiheadExchange:
             )
         logits = getattr(module, "logits", None)
         if logits is not None and type(logits) is not DotProduct:
-            return f"its logits are no inner products of queries and keys, but {logits!r}"
+            name = getattr(logits, "__name__", type(logits).__name__)
+            return (
+                f"its logits are no inner products of queries and keys, but {name}; "
+                "convert(model, logits=DotProduct()) would make them such"
+            )
         return ""
 
     def shared(self, module: Any) -> SharedProjections | None:
