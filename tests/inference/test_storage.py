@@ -160,7 +160,7 @@ def test_heads_round_trip(tmp_path, generator):
 
 def test_arviz_opens_netcdf(fitted, data, tmp_path):
     """Into BAYESATTN_NETCDF_DIR, where it is set, for the tests on the other line of ArviZ."""
-    folder = Path(os.environ.get("BAYESATTN_NETCDF_DIR", tmp_path))
+    folder = Path(os.environ.get("BAYESATTN_NETCDF_DIR") or tmp_path)
     for draws_are in ("iid_guide", "markov"):
         path = folder / f"{draws_are}.nc"
         fitted.replace(draws_are=draws_are).save(path, log_likelihood=True, deterministic=True)
