@@ -99,7 +99,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             :mod:`bayesattn.normalizations`; the softmax if None. A module is copied, so that layers
             made from one share no parameter.
         logits: From projected queries and keys to logits; the scaled dot product if None. A module
-            is copied likewise.
+            is copied likewise. Shared queries and keys are so scaled that their scaled dot product
+            is that of the heads.
         projections: ``Collaborative(width)``, or None for heads with projections of their own.
 
     Raises:

@@ -186,7 +186,9 @@ def test_other_logits_see_mixed_queries_and_shared_keys(make, generator):
     shared = layer.projections
     query = torch.einsum("hr,rf,bif->bhir", shared.mixing, shared.query_weight, tokens[0])
     key = (tokens[1] @ shared.key_weight.mT)[:, None].expand(-1, HEADS, -1, -1)
-    expected = layer.logits(query, key).softmax(-1)
+    # As wide as they are they have the scale of a head: what that is more, both sides share.
+    root = ((WIDTH / HEADS) ** -0.5 * SHARED**0.5) ** 0.5
+    expected = layer.logits(root * query, root * key).softmax(-1)
     torch.testing.assert_close(weights, expected)
 
 
