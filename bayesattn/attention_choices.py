@@ -14,8 +14,10 @@ from bayesattn.normalizations.protocol import Normalization
 __all__ = [
     "LogitsFunction",
     "NormalizationFunction",
+    "check_no_class",
     "logits_given",
     "mixes_queries",
+    "name_of_choice",
     "own_choice",
     "pools_tokens",
     "sees_all_tokens",
@@ -55,6 +57,21 @@ def logits_given(
     return logits.given(query, key, query_mask, key_mask)
 
 
+def check_no_class(name: str, choice: object) -> None:
+    """Refuse a class in the place of one of its objects.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(choice, type):
+        raise ValueError(f"{name}: expected an object, such as {choice.__name__}(), got the class")
+
+
+def name_of_choice(choice: object) -> str:
+    """The name of a function, or of a module's type."""
+    return getattr(choice, "__name__", type(choice).__name__)
+
+
 def own_choice(
     name: str,
     choice: object,
@@ -70,8 +87,7 @@ def own_choice(
     """
     if choice is not None and not callable(choice):
         raise ValueError(f"{name}: expected something to call, or None, got {choice!r}")
-    if isinstance(choice, type):
-        raise ValueError(f"{name}: expected an object, such as {choice.__name__}(), got the class")
+    check_no_class(name, choice)
     sizes = {"num_heads": num_heads, "dim": width}
     # Elsewhere such names may mean other things, as the axis of a softmax does.
     for size, expected in sizes.items() if isinstance(choice, Logits | Normalization) else ():

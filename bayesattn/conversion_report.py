@@ -7,6 +7,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayesattn.attention_choices import name_of_choice
+
 __all__ = ["ConversionReport", "LayerCost", "LayerReport"]
 
 
@@ -107,7 +109,7 @@ class ConversionReport(dict[str, LayerReport]):
 
 def _named(choice: object) -> str:
     """A choice in one line."""
-    name = getattr(choice, "__name__", type(choice).__name__)
+    name = name_of_choice(choice)
     return f"{name}({choice.extra_repr()})" if isinstance(choice, nn.Module) else name
 
 

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from bayesattn.attention_choices import (
     LogitsFunction,
     NormalizationFunction,
+    check_no_class,
     logits_given,
     mixes_queries,
+    name_of_choice,
     pools_tokens,
     sees_all_tokens,
 )
@@ -336,8 +338,7 @@ def _check_choices(
     check_route(route)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
-    if isinstance(logits, type):
-        raise ValueError(f"logits: expected an object, such as {logits.__name__}(), got the class")
+    check_no_class("logits", logits)
     if scale is not None and logits is not None:
         raise ValueError(f"scale: with logits= it belongs to those, got {scale}")
 
@@ -366,7 +367,7 @@ def _mask_for(
     if not hasattr(normalization, "mixes_queries"):
         # A function that does not say may be one over keys alone.
         return attn_mask
-    name = getattr(normalization, "__name__", type(normalization).__name__)
+    name = name_of_choice(normalization)
     if num_queries == 1 and num_keys > 1:
         warnings.warn(
             f"{name} normalizes over queries, and of a single one all weights are alike: it gives "

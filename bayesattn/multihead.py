@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from bayesattn.argument_checks import check_type
 from bayesattn.attention_choices import (
@@ -36,8 +35,13 @@ from bayesattn.head_layout import (
     sequence_sizes,
     split_heads,
 )
+from bayesattn.layer_adoption import (
+    adopted_projections,
+    check_adoptable,
+    constructor_settings,
+    dot_product_scale,
+)
 from bayesattn.layer_masks import LayerShape, attention_masks
-from bayesattn.logits import DotProduct
 from bayesattn.shared_projections import Collaborative, SharedProjections
 
 __all__ = ["AttentionInputs", "MultiheadAttention"]
@@ -191,35 +195,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         Raises:
             ValueError: If the module computes something else, or its weights are parametrized.
         """
-        if type(module).forward not in (nn.MultiheadAttention.forward, cls.forward):
-            raise ValueError(
-                "from_torch: expected torch.nn.MultiheadAttention, got "
-                f"{type(module).__name__} with a forward of its own"
-            )
-        if any(parametrize.is_parametrized(part) for part in module.modules()):
-            raise ValueError("from_torch: expected plain parameters, got parametrized ones")
+        check_adoptable(module, cls)
         weight = module.out_proj.weight
         shared = getattr(module, "projections", None)
-        if shared is not None and type(logits) is DotProduct:
-            # The shared projections know the scale, and content needs it too.
-            shared = shared if logits.scale is None else shared.with_scale(logits.scale)
-            logits = None
-        if shared is not None and shared.key_content is not None and logits is not None:
-            raise ValueError(
-                "logits: expected None for heads that share projections with content vectors, "
-                f"which are those of the dot product, got {logits!r}"
-            )
-        if (
-            shared is not None
-            and shared.key_content is not None
-            and shared.query_content is None
-            and mixes_queries(normalization)
-        ):
-            raise ValueError(
-                "normalization: expected one over keys alone for heads that share projections "
-                f"without a bias of keys, which it would see, got {normalization!r}; convert "
-                "projections and normalization at once, or the normalization first"
-            )
+        shared, logits = adopted_projections(shared, normalization, logits)
         layer = cls.empty_like(module, None if shared is None else Collaborative(shared.width))
         layer.projections = shared
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -236,20 +215,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         cls, module: nn.MultiheadAttention, projections: Collaborative | None = None
     ) -> "MultiheadAttention":
         """Make a layer of the sizes and options of another, whose parameters have no data yet."""
-        shared_bias = getattr(module, "v_proj_bias", None)
-        return cls(
-            module.embed_dim,
-            module.num_heads,
-            module.dropout,
-            bias=module.in_proj_bias is not None or shared_bias is not None,
-            add_bias_kv=module.bias_k is not None,
-            add_zero_attn=module.add_zero_attn,
-            kdim=module.kdim,
-            vdim=module.vdim,
-            batch_first=module.batch_first,
-            device="meta",
-            projections=projections,
-        )
+        return cls(**constructor_settings(module), device="meta", projections=projections)
 
     def forward(
         self,
@@ -398,10 +364,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _share(self, width: int, *, has_bias: bool, **place: Any) -> None:
         """Put shared projections of queries and keys in the place of the heads' own."""
         is_packed = self.in_proj_weight is not None
-        scale = self.head_dim**-0.5
-        if type(self.logits) is DotProduct:
-            # The shared projections know the scale, and content needs it too.
-            scale, self.logits = self.logits.scale or scale, None
+        scale, self.logits = dot_product_scale(self.logits)
         has_content = has_bias and self.logits is None
         self.projections = SharedProjections(
             self.num_heads,
@@ -414,7 +377,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             num_packed=3 if is_packed else 1,
             **place,
         )
-        nn.init.constant_(self.projections.scale, scale)
+        if scale is not None:
+            nn.init.constant_(self.projections.scale, scale)
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "in_proj_bias"):
             self.register_parameter(name, None)
         bound = math.sqrt(6.0 / ((3 if is_packed else 1) * self.embed_dim + self.vdim))
@@ -452,9 +416,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             query = shared.queries(batched(query, **sequences), is_scaled=is_scaled)
             key = shared.keys(batched(key, **sequences))[:, None]
             if not is_scaled:
-                # Of what the scale is more than the width's, each side of a kernel takes a root.
-                root = (shared.scale * shared.width**0.5).sqrt()
-                query, key = query * root.to(query.dtype), key * root.to(key.dtype)
+                query, key = shared.standardized(query, key)
         if cache is not None:
             key, value = cache.append(key, value)
         if self.projections is not None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bayesattn.attention_choices import LogitsFunction
+from bayesattn.attention_choices import LogitsFunction, name_of_choice
 from bayesattn.edge_contractions import edge_products
 from bayesattn.logits import DotProduct, FactoredLogits, Logits, ReducedLogits
 
@@ -91,7 +91,7 @@ def _wide(part: Tensor) -> torch.dtype:
 
 
 def _dense_only(logits: object) -> ValueError:
-    name = getattr(logits, "__name__", type(logits).__name__)
+    name = name_of_choice(logits)
     return ValueError(
         "logits: expected a choice that is known for single pairs, by reduce (as DotProduct) or "
         f"on_edges (as AdditiveLogits), got {name}"

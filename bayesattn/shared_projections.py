@@ -213,6 +213,20 @@ class SharedProjections(nn.Module):
         """What of queries and keys the heads compare, without what carries content."""
         return query[..., : self.width], key[..., : self.width]
 
+    def standardized(
+        self,
+        query: Float[Tensor, "*batch head query feature"],
+        key: Float[Tensor, "*batch #head key feature"],
+    ) -> tuple[
+        Float[Tensor, "*batch head query feature"], Float[Tensor, "*batch #head key feature"]
+    ]:
+        """Queries and keys, not scaled yet, so that their scaled dot product is that of the heads.
+
+        Of what the scale is more than the width's, each side takes the root, as kernels ask.
+        """
+        root = (self.scale * self.width**0.5).sqrt()
+        return query * root.to(query.dtype), key * root.to(key.dtype)
+
     def head_weights(
         self,
     ) -> tuple[

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bayesattn.attention_choices import mixes_queries
+from bayesattn.attention_choices import mixes_queries, name_of_choice
 from bayesattn.logits import DotProduct
 from bayesattn.multihead import MultiheadAttention
 from bayesattn.networks.projection_exchange import HeadProjections
@@ -43,9 +43,9 @@ class MultiheadExchange:
             )
         logits = getattr(module, "logits", None)
         if logits is not None and type(logits) is not DotProduct:
-            name = getattr(logits, "__name__", type(logits).__name__)
             return (
-                f"its logits are no inner products of queries and keys, but {name}; "
+                "its logits are no inner products of queries and keys, but "
+                f"{name_of_choice(logits)}; "
                 "convert(model, logits=DotProduct()) would make them such"
             )
         return ""
