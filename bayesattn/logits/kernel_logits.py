@@ -80,15 +80,25 @@ class KernelLogits(EdgeLogits):
     ) -> Float[Tensor, "head edge"]:
         """Logarithm of the kernel of the pairs that edges join, up to a constant.
 
+        A subclass whose nodes have something to compute before edges gather it defines this in
+        place of :meth:`log_kernel_of_ends`.
+
         Args:
             query: In float32 or wider.
             key: Likewise.
-            edges: Numbers of keys, and of the queries that see them; see :func:`ends_of_edges`.
+            edges: Numbers of keys, and of the queries that see them.
+        """
+        return self.log_kernel_of_ends(*ends_of_edges(query, key, edges))
+
+    def log_kernel_of_ends(
+        self, query: Float[Tensor, "head edge dim"], key: Float[Tensor, "head edge dim"]
+    ) -> Float[Tensor, "head edge"]:
+        """Logarithm of the kernel of each edge's query and key, up to a constant.
 
         Raises:
             TypeError: If a subclass does not define it.
         """
-        raise TypeError(f"{type(self).__name__} must define log_kernel_of_edges")
+        raise TypeError(f"{type(self).__name__} must define log_kernel_of_ends")
 
     def forward(
         self, query: Float[Tensor, "*_batch query _dim"], key: Float[Tensor, "*_batch key _dim"]

@@ -15,17 +15,12 @@ Source:
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_choice, check_not_negative
 from bayesattn.kernels.distances import local_distances
-from bayesattn.logits.kernel_logits import (
-    KernelLogits,
-    at_least_zero,
-    ends_of_edges,
-    start_rate,
-)
+from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["Matern", "RationalQuadratic"]
@@ -53,15 +48,11 @@ class _Radial(KernelLogits):
         root = self._root_rate(query)
         return self._profile(local_distances(query * root, key * root))
 
-    def log_kernel_of_edges(
-        self,
-        query: Float[Tensor, "head query dim"],
-        key: Float[Tensor, "head key dim"],
-        edges: Int[Tensor, "2 edge"],
+    def log_kernel_of_ends(
+        self, query: Float[Tensor, "head edge dim"], key: Float[Tensor, "head edge dim"]
     ) -> Float[Tensor, "head edge"]:
-        """Logarithm of the kernel of the pairs that edges join."""
-        asking, asked = ends_of_edges(query, key, edges)
-        distances = ((asking - asked) * self._root_rate(query)).square().sum(-1)
+        """Logarithm of the kernel of each edge's query and key."""
+        distances = ((query - key) * self._root_rate(query)).square().sum(-1)
         return self._profile(distances[..., None])[..., 0]
 
     def _root_rate(self, like: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ Source:
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count, check_not_negative
 from bayesattn.kernels.distances import widened
-from bayesattn.logits.kernel_logits import KernelLogits, ends_of_edges, start_rate
+from bayesattn.logits.kernel_logits import KernelLogits, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 from bayesattn.logits.protocol import ReducedLogits
 
@@ -115,15 +115,11 @@ class SchoenbergMixture(KernelLogits):
         """Logarithm of the kernel of all pairs."""
         return self._reduced_kernel(query, key).values()
 
-    def log_kernel_of_edges(
-        self,
-        query: Float[Tensor, "head query dim"],
-        key: Float[Tensor, "head key dim"],
-        edges: Int[Tensor, "2 edge"],
+    def log_kernel_of_ends(
+        self, query: Float[Tensor, "head edge dim"], key: Float[Tensor, "head edge dim"]
     ) -> Float[Tensor, "head edge"]:
-        """Logarithm of the kernel of the pairs that edges join."""
-        asking, asked = ends_of_edges(query, key, edges)
-        parts = (asking - asked).square() @ self.rate.to(query.dtype).mT
+        """Logarithm of the kernel of each edge's query and key."""
+        parts = (query - key).square() @ self.rate.to(query.dtype).mT
         return (self.log_share.to(query.dtype).log_softmax(-1)[:, None] - parts / 2).logsumexp(-1)
 
     def _reduced_kernel(self, query: Tensor, key: Tensor) -> ReducedLogits:

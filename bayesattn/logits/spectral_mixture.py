@@ -17,18 +17,13 @@ Source:
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayesattn.argument_checks import check_count
 from bayesattn.kernels.distances import local_distances
 from bayesattn.logits.characteristic_functions import component_characteristics
-from bayesattn.logits.kernel_logits import (
-    KernelLogits,
-    at_least_zero,
-    ends_of_edges,
-    start_rate,
-)
+from bayesattn.logits.kernel_logits import KernelLogits, at_least_zero, start_rate
 from bayesattn.logits.magnitudes import Magnitude
 
 __all__ = ["SpectralMixture"]
@@ -110,15 +105,11 @@ class SpectralMixture(KernelLogits):
         strength = self.strength.to(query.dtype)[..., None, None]
         return gaussian + (strength * parts).sum(-3)
 
-    def log_kernel_of_edges(
-        self,
-        query: Float[Tensor, "head query dim"],
-        key: Float[Tensor, "head key dim"],
-        edges: Int[Tensor, "2 edge"],
+    def log_kernel_of_ends(
+        self, query: Float[Tensor, "head edge dim"], key: Float[Tensor, "head edge dim"]
     ) -> Float[Tensor, "head edge"]:
-        """Logarithm of the kernel of the pairs that edges join."""
-        asking, asked = ends_of_edges(query, key, edges)
-        difference = asking - asked
+        """Logarithm of the kernel of each edge's query and key."""
+        difference = query - key
         rate, means, scale = (
             part.to(query.dtype) for part in (self.rate[:, None], self.means, self.log_scale.exp())
         )
